@@ -1,0 +1,44 @@
+"""Installation of step_grpo: `pip install -e .`, with the extras test, tpu, cuda and notebook."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="step_grpo",
+    version="0.1.0",
+    description="Step-GRPO in JAX: teach reasoning models to stop in time",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["step_grpo", "step_grpo.*"]),
+    package_data={"step_grpo": ["assets/tiny/*", "py.typed"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8,<1",
+        "transformers>=5.0",
+        "datasets>=5.0",
+        "ml_collections>=1.1",
+        "tensorflow-datasets>=4.9.10",
+        "math-verify>=0.9.0",
+        "numpy>=2.0",
+        "safetensors>=0.6",
+        "rich>=13.0",
+        "jinja2>=3.1",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        "notebook": ["notebook>=7", "matplotlib>=3.9"],
+        "test": [
+            "torch==2.13.0",
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.14",
+            "mypy>=1.18",
+        ],
+    },
+)

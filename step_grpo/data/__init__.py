@@ -1,0 +1,1 @@
+"""Questions: sources, prompts, and the built-in arithmetic."""

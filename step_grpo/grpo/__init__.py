@@ -1,0 +1,1 @@
+"""Advantages, log-probs, loss and update."""

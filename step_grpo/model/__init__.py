@@ -1,0 +1,1 @@
+"""Qwen3 and Qwen2 in Flax, their cache, and their Hugging Face weights."""

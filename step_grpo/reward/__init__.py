@@ -1,0 +1,1 @@
+"""Steps, grading and rewards."""

@@ -1,0 +1,1 @@
+"""Rollouts: plain and truncated sampling in one jitted loop over lanes."""
