@@ -1,0 +1,5 @@
+"""The one exception that entry points turn into a single line and exit code 2."""
+
+
+class UserError(ValueError):
+    """A mistake in a config, a file or an argument: one line that names what and how to mend it."""
