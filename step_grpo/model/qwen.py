@@ -1,0 +1,294 @@
+"""Qwen3 (dense) and Qwen2 as one Flax declaration and a few pure functions.
+
+`Qwen` declares every weight once: shape, initialiser and logical axes. From there on everything is a pure
+function of a plain dictionary of arrays (`params`) and a frozen, hashable `QwenConfig`:
+
+- `forward`: packed rows through all layers, for training and log-probs (layers stacked, scanned, remat);
+- `prefill` and `decode`: prompts and single tokens, with a cache, for sampling.
+
+Both families differ in two switches of the architecture: Qwen3 normalises queries and keys before RoPE,
+Qwen2 (and so R1-Distill-Qwen) has a bias on queries, keys and values.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from step_grpo.errors import UserError
+from step_grpo.model.attention import attend
+from step_grpo.model.cache import Cache, LayerCache, write_token
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenConfig:
+    """Architecture of a checkpoint, as its own `config.json` states it."""
+
+    vocab_size: int  # V
+    width: int  # D
+    layers: int  # L
+    heads: int  # N
+    kv_heads: int  # K
+    head_dim: int  # H
+    ffn: int  # F
+    rope_theta: float
+    rms_eps: float
+    tied: bool  # the output head is the embedding
+    qk_norm: bool  # Qwen3
+    qkv_bias: bool  # Qwen2
+    init_std: float = 0.02
+
+
+def config_from_hf(hf: dict[str, Any]) -> QwenConfig:
+    """Reads the architecture from the contents of a Hugging Face `config.json`.
+
+    Raises:
+        UserError: an unsupported model type, position scaling or attention variant, or a missing field.
+    """
+    kind = hf.get("model_type")
+    if kind not in ("qwen3", "qwen2"):
+        raise UserError(f"config.json: model_type is {kind!r}; supported are 'qwen3' (dense) and 'qwen2'")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise UserError(f"config.json: rope type {rope_type!r} is not supported; only 'default' is")
+    if hf.get("use_sliding_window"):
+        raise UserError("config.json: use_sliding_window is true; only full attention is supported")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise UserError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; only 'silu' is")
+    try:
+        return QwenConfig(
+            vocab_size=hf["vocab_size"],
+            width=hf["hidden_size"],
+            layers=hf["num_hidden_layers"],
+            heads=hf["num_attention_heads"],
+            kv_heads=hf["num_key_value_heads"],
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            ffn=hf["intermediate_size"],
+            rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else hf["rope_theta"]),
+            rms_eps=hf["rms_norm_eps"],
+            tied=hf["tie_word_embeddings"],
+            qk_norm=kind == "qwen3",
+            qkv_bias=kind == "qwen2" or bool(hf.get("attention_bias")),
+            init_std=hf.get("initializer_range", 0.02),
+        )
+    except KeyError as missing:
+        raise UserError(f"config.json: field {missing} is missing") from None
+
+
+class Qwen(nnx.Module):
+    """Declares the weights; `layers` are stacked along a leading axis `L` that the names leave out."""
+
+    def __init__(self, cfg: QwenConfig, rngs: nnx.Rngs):
+        D, N, K, H, F = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.ffn
+        normal = nnx.initializers.normal(cfg.init_std)
+        zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
+
+        def weight(shape: tuple[int, ...], axes: tuple[str | None, ...], init) -> nnx.Param:
+            return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+        def stacked(shape: tuple[int, ...], axes: tuple[str | None, ...], init) -> nnx.Param:
+            return weight((cfg.layers, *shape), ("layers", *axes), init)
+
+        self.embed_VD = weight((cfg.vocab_size, D), ("vocab", "embed"), normal)
+        self.final_norm_D = weight((D,), (None,), ones)
+        if not cfg.tied:
+            self.head_DV = weight((D, cfg.vocab_size), ("embed", "vocab"), normal)
+        layers = {
+            "attn_norm_D": stacked((D,), (None,), ones),
+            "wq_DNH": stacked((D, N, H), ("embed", "heads", None), normal),
+            "wk_DKH": stacked((D, K, H), ("embed", "kv_heads", None), normal),
+            "wv_DKH": stacked((D, K, H), ("embed", "kv_heads", None), normal),
+            "wo_NHD": stacked((N, H, D), ("heads", None, "embed"), normal),
+            "mlp_norm_D": stacked((D,), (None,), ones),
+            "w_gate_DF": stacked((D, F), ("embed", "ffn"), normal),
+            "w_up_DF": stacked((D, F), ("embed", "ffn"), normal),
+            "w_down_FD": stacked((F, D), ("ffn", "embed"), normal),
+        }
+        if cfg.qk_norm:
+            layers["q_norm_H"] = stacked((H,), (None,), ones)
+            layers["k_norm_H"] = stacked((H,), (None,), ones)
+        if cfg.qkv_bias:
+            layers["bq_NH"] = stacked((N, H), ("heads", None), zeros)
+            layers["bk_KH"] = stacked((K, H), ("kv_heads", None), zeros)
+            layers["bv_KH"] = stacked((K, H), ("kv_heads", None), zeros)
+        self.layers = nnx.Dict(layers)
+
+
+def init_params(cfg: QwenConfig, seed: int) -> Params:
+    """Random float32 weights."""
+    return nnx.to_pure_dict(nnx.state(Qwen(cfg, nnx.Rngs(params=seed)), nnx.Param))
+
+
+def abstract_params(cfg: QwenConfig) -> Params:
+    """The tree of `ShapeDtypeStruct` of the weights; nothing is allocated."""
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Qwen(cfg, nnx.Rngs(params=0))), nnx.Param))
+
+
+def logical_axes(cfg: QwenConfig) -> Params:
+    """The tree of logical axis names of the weights, a tuple a weight."""
+    state = nnx.state(nnx.eval_shape(lambda: Qwen(cfg, nnx.Rngs(params=0))), nnx.Param)
+    return jax.tree.map(
+        lambda weight: weight.get_metadata("axes"), state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+
+
+def decode_params(params: Params, dtype) -> Params:
+    """The weights as the decode loop wants them: cast once, the stacked layers taken apart.
+
+    Made once a rollout batch, so that no token casts or slices a weight.
+    """
+    cast = jax.tree.map(lambda w: w.astype(dtype), params)
+    count = jax.tree.leaves(cast["layers"])[0].shape[0]
+    layers = tuple(jax.tree.map(lambda w, i=i: w[i], cast["layers"]) for i in range(count))
+    return {**cast, "layers": layers}
+
+
+def head(params: Params) -> jax.Array:
+    """The output head `[D, V]`, tied or not."""
+    return params["head_DV"] if "head_DV" in params else params["embed_VD"].T
+
+
+def unembed(params: Params, x: jax.Array) -> jax.Array:
+    """Logits `[..., V]` in float32 of hidden states `[..., D]`."""
+    return jnp.einsum("...D,DV->...V", x, head(params).astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def forward(
+    params: Params, cfg: QwenConfig, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, dtype
+) -> jax.Array:
+    """Hidden states after the final norm, `[B, T, D]`, of packed rows.
+
+    A token sees the tokens before it that carry its own segment id; id 0 is padding. Layers are scanned
+    and recomputed in the backward pass.
+    """
+    T = tokens_BT.shape[1]
+    causal = jnp.tril(jnp.ones((T, T), bool))
+    mask_BTS = causal & (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT > 0)[:, None, :]
+    rope = rope_table(positions_BT, cfg)
+
+    def full_attention(q_BTNH, k_BTKH, v_BTKH):
+        return attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), mask_BTS), None
+
+    @jax.checkpoint
+    def body(x_BTD, weights):
+        weights = jax.tree.map(lambda w: w.astype(dtype), weights)
+        return layer(cfg, weights, x_BTD, rope, full_attention)
+
+    x_BTD = params["embed_VD"][tokens_BT].astype(dtype)
+    x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"])
+    return rms_norm(x_BTD, params["final_norm_D"].astype(dtype), cfg.rms_eps)
+
+
+def prefill(
+    params: Params, cfg: QwenConfig, tokens_BT: jax.Array, lengths_B: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Runs prompts, padded on the right to `T`, and keeps their keys and values.
+
+    Returns:
+        The hidden state after each prompt's last token `[B, D]`, and a cache `[B, K, T, H]` a layer.
+    """
+    B, T = tokens_BT.shape
+    at_T = jnp.arange(T)
+    mask_BTS = (at_T[:, None] >= at_T[None, :]) & (at_T < lengths_B[:, None])[:, None, :]
+    rope = rope_table(jnp.broadcast_to(at_T, (B, T)), cfg)
+
+    def keep(q_BTNH, k_BTKH, v_BTKH):
+        kv = LayerCache(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+        return attend(q_BTNH, kv.k, kv.v, mask_BTS), kv
+
+    x_BTD = params["embed_VD"][tokens_BT]
+    cache = []
+    for weights in params["layers"]:
+        x_BTD, kv = layer(cfg, weights, x_BTD, rope, keep)
+        cache.append(kv)
+    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return rms_norm(last_BD, params["final_norm_D"], cfg.rms_eps), tuple(cache)
+
+
+def decode(
+    params: Params, cfg: QwenConfig, tokens_B: jax.Array, cache: Cache, length_B: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Runs one token a lane behind the `length_B` tokens that its cache holds.
+
+    Returns:
+        Logits `[B, V]` in float32, and the cache with the token written at position `length_B`.
+    """
+    S = cache[0].k.shape[2]
+    mask_B1S = (jnp.arange(S) <= length_B[:, None])[:, None]
+    rope = rope_table(length_B[:, None], cfg)
+
+    x_B1D = params["embed_VD"][tokens_B][:, None]
+    new_cache = []
+    for weights, kv in zip(params["layers"], cache, strict=True):
+
+        def append(q_B1NH, k_B1KH, v_B1KH, kv=kv):
+            kv = write_token(kv, k_B1KH[:, 0], v_B1KH[:, 0], length_B)
+            return attend(q_B1NH, kv.k, kv.v, mask_B1S), kv
+
+        x_B1D, kv = layer(cfg, weights, x_B1D, rope, append)
+        new_cache.append(kv)
+    x_B1D = rms_norm(x_B1D, params["final_norm_D"], cfg.rms_eps)
+    return unembed(params, x_B1D[:, 0]), tuple(new_cache)
+
+
+def layer(
+    cfg: QwenConfig, weights: Params, x_BTD: jax.Array, rope: jax.Array, attention: Callable
+) -> tuple[jax.Array, Any]:
+    """One pre-norm transformer layer.
+
+    Args:
+        cfg: the architecture.
+        weights: the layer's weights, without the `L` axis.
+        x_BTD: residual stream.
+        rope: `rope_table` of the positions.
+        attention: `(q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, kept)`; knows the mask and the cache.
+
+    Returns:
+        The residual stream after the layer, and what `attention` kept.
+    """
+    with jax.named_scope("attention"):
+        y_BTD = rms_norm(x_BTD, weights["attn_norm_D"], cfg.rms_eps)
+        q = jnp.einsum("BTD,DNH->BTNH", y_BTD, weights["wq_DNH"])
+        k = jnp.einsum("BTD,DKH->BTKH", y_BTD, weights["wk_DKH"])
+        v = jnp.einsum("BTD,DKH->BTKH", y_BTD, weights["wv_DKH"])
+        if cfg.qkv_bias:
+            q, k, v = q + weights["bq_NH"], k + weights["bk_KH"], v + weights["bv_KH"]
+        if cfg.qk_norm:
+            q = rms_norm(q, weights["q_norm_H"], cfg.rms_eps)
+            k = rms_norm(k, weights["k_norm_H"], cfg.rms_eps)
+        out, kept = attention(apply_rope(q, rope), apply_rope(k, rope), v)
+        x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", out, weights["wo_NHD"])
+    with jax.named_scope("mlp"):
+        y_BTD = rms_norm(x_BTD, weights["mlp_norm_D"], cfg.rms_eps)
+        gate = jax.nn.silu(jnp.einsum("BTD,DF->BTF", y_BTD, weights["w_gate_DF"]))
+        up = jnp.einsum("BTD,DF->BTF", y_BTD, weights["w_up_DF"])
+        x_BTD = x_BTD + jnp.einsum("BTF,FD->BTD", gate * up, weights["w_down_FD"])
+    return x_BTD, kept
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * scale
+
+
+def rope_table(positions_BT: jax.Array, cfg: QwenConfig) -> jax.Array:
+    """Cosines and sines of rotary position embedding, float32 `[2, B, T, 1, H/2]` (arXiv 2104.09864)."""
+    half = cfg.head_dim // 2
+    frequency = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+
+def apply_rope(x_BTNH: jax.Array, rope: jax.Array) -> jax.Array:
+    """Rotates the two halves of each head by the position's angles."""
+    cos, sin = rope
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
