@@ -3,7 +3,6 @@
 `python -m step_grpo.export --checkpoint=FOLDER --out=FOLDER [--dtype=bfloat16]`
 """
 
-import html
 import json
 import os
 import re
@@ -29,6 +28,14 @@ from step_grpo.model.weights import (
 )
 
 MANIFEST = "step_grpo_export.json"  # marks a folder as an export: its card, and the names of its files
+FRONT_MATTER = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- step-grpo
+- grpo
+- reasoning
+---"""
 CLASSES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
@@ -48,14 +55,13 @@ def export(checkpoint: str | Path, out: str | Path, *, dtype: str | None = None)
     """
     check_out(Path(out))
     source = load_checkpoint(resolve_checkpoint(str(checkpoint), field="checkpoint"))
-    manifest = source.folder / MANIFEST
     return write_hf_folder(
         out,
         load_params(source),
         source.hf_config,
         source.generation,
         tokenizer_folder=source.folder,
-        card=read_json(manifest).get("card", {}) if manifest.exists() else {},
+        card=_manifest(source.folder)["card"],
         dtype=dtype or source.dtype,
     )
 
@@ -130,7 +136,7 @@ def check_out(out: Path) -> None:
     found = {path.name for path in out.iterdir()}
     if found and MANIFEST not in found:
         raise UserError(f"{out}: is not empty and no previous export; name another folder")
-    if foreign := sorted(found - set(read_json(out / MANIFEST).get("files", []))) if found else []:
+    if foreign := sorted(found - set(_manifest(out)["files"])):
         raise UserError(
             f"{out}: {foreign[0]!r} is not of the previous export; move it or name another folder"
         )
@@ -142,10 +148,10 @@ def model_card(card: Mapping[str, Any], hf_config: Mapping[str, Any]) -> str:
     before, after = (dict(flatten(measured.pop(key, None) or {})) for key in ("before", "after"))
     compared = [(name, before.get(name, ""), after.get(name, "")) for name in {**before, **after}]
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- step-grpo\n- grpo\n- reasoning\n---",
+        FRONT_MATTER,
         f"# {escape(hf_config['architectures'][0])} written by step_grpo",
-        "Step-GRPO ([arXiv 2604.16890](https://arxiv.org/abs/2604.16890)) trains a reasoning model to stop when it"
-        " has the answer; inference is plain sampling with this folder's tokenizer and chat template.",
+        "Step-GRPO ([arXiv 2604.16890](https://arxiv.org/abs/2604.16890)) trains a reasoning model to stop when"
+        " it has the answer; inference is plain sampling with this folder's tokenizer and chat template.",
         f"Weights are stored in {escape(hf_config['dtype'])}.",
         *_section("Measured", ("figure", "before", "after"), compared),
         *_section("" if compared else "Measured", ("figure", "value"), flatten(measured)),
@@ -168,15 +174,12 @@ def escape(value: Any) -> str:
 
     What could be markup in Markdown or HTML becomes a character reference.
     """
-    text = (
-        f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-    )
+    if isinstance(value, float):
+        value = f"{value:.6g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = "".join(c for c in " ".join(text.split()) if c.isprintable())
-    return re.sub(
-        r"[^\w\s.,;/+='\"%-]|(?<![^\W_])_|_(?![^\W_])",
-        lambda match: html.escape(match[0]) if match[0] in "<>&" else f"&#{ord(match[0])};",
-        text,
-    )
+    markup = r"[^\w\s.,;/+='\"%-]|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word is none
+    return re.sub(markup, lambda match: f"&#{ord(match[0])};", text)
 
 
 def _section(title: str, columns: tuple[str, ...], rows: Any) -> Iterator[str]:
@@ -188,8 +191,16 @@ def _section(title: str, columns: tuple[str, ...], rows: Any) -> Iterator[str]:
         yield "\n".join([f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}", *lines])
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Card and file names of an export; both empty for any other folder."""
+    found = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {"card": {}, "files": []}
+    if not isinstance(found.get("card"), dict) or not isinstance(found.get("files"), list):
+        raise UserError(f"{folder / MANIFEST}: 'card' or 'files' is missing; delete the file or the folder")
+    return found
+
+
 def _export_config(hf_config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """`config.json` of the export: class and dtype set, also under the dtype's older name where it is used."""
+    """`config.json` of the export: class and dtype set, the dtype also under its older name if used."""
     older = {"torch_dtype": dtype} if "torch_dtype" in hf_config else {}
     return {**hf_config, "architectures": [CLASSES[hf_config["model_type"]]], "dtype": dtype, **older}
 
