@@ -61,24 +61,54 @@ def config_from_hf(hf: dict[str, Any]) -> QwenConfig:
         raise UserError("config.json: use_sliding_window is true; only full attention is supported")
     if hf.get("hidden_act", "silu") != "silu":
         raise UserError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; only 'silu' is")
+    if kind == "qwen3" and hf.get("attention_bias"):
+        raise UserError("config.json: attention_bias is true; Qwen3 is supported without biases")
     try:
-        return QwenConfig(
+        cfg = QwenConfig(
             vocab_size=hf["vocab_size"],
             width=hf["hidden_size"],
             layers=hf["num_hidden_layers"],
             heads=hf["num_attention_heads"],
             kv_heads=hf["num_key_value_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            head_dim=_head_dim(kind, hf),
             ffn=hf["intermediate_size"],
             rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else hf["rope_theta"]),
             rms_eps=hf["rms_norm_eps"],
-            tied=hf["tie_word_embeddings"],
+            tied=bool(hf.get("tie_word_embeddings", False)),
             qk_norm=kind == "qwen3",
-            qkv_bias=kind == "qwen2" or bool(hf.get("attention_bias")),
+            qkv_bias=kind == "qwen2",
             init_std=hf.get("initializer_range", 0.02),
         )
     except KeyError as missing:
         raise UserError(f"config.json: field {missing} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"config.json: a size is not a number ({error})") from None
+    _check_sizes(cfg)
+    return cfg
+
+
+def _head_dim(kind: str, hf: dict[str, Any]) -> int:
+    """The head width `H`; where the file is silent, the default of the family."""
+    default = 128 if kind == "qwen3" else None
+    return hf.get("head_dim", default) or hf["hidden_size"] // hf["num_attention_heads"]
+
+
+def _check_sizes(cfg: QwenConfig) -> None:
+    """Refuses sizes that no model can have.
+
+    Raises:
+        UserError: naming the size.
+    """
+    for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn"):
+        size = getattr(cfg, name)
+        if type(size) is not int or size < 1:
+            raise UserError(f"config.json: the {name} of the model is {size!r}; it must be a positive integer")
+    if cfg.heads % cfg.kv_heads:
+        raise UserError(
+            f"config.json: num_attention_heads {cfg.heads} is no multiple of num_key_value_heads {cfg.kv_heads}"
+        )
+    if cfg.head_dim % 2:
+        raise UserError(f"config.json: head_dim {cfg.head_dim} is odd; rotary embedding needs an even one")
 
 
 class Qwen(nnx.Module):
