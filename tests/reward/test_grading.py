@@ -122,6 +122,8 @@ spelled = st.tuples(integers, st.sampled_from(["{}", "{:,}", "${}$", " {} ", "+{
 
 @given(st.tuples(spelled, spelled) | integers.flatmap(lambda n: st.just((f"{n:,}", f"${n}$"))))
 @example(("-0", "0"))
+@example(("-5", "5"))
+@example(("-1,234", "$-1234$"))
 @example(("+5", "5"))
 @example(("007", "7"))
 @example(("1,234", "1234"))

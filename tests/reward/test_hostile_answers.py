@@ -13,7 +13,7 @@ import pytest
 from step_grpo.reward import _grading_worker as worker
 from step_grpo.reward.grading import Grade, Grader
 
-DEADLINE = 1.0
+DEADLINE = 0.5
 SLACK = 1.0
 
 NEVER_PARSED = {  # wrong without asking math-verify, or without a closed box

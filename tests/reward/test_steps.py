@@ -66,7 +66,7 @@ def test_pattern_is_compiled_once() -> None:
     assert trigger_pattern(("Wait", "But")) is trigger_pattern(("Wait", "But"))
 
 
-@pytest.mark.parametrize("triggers", [(), ("",), ("Wait", "")])
+@pytest.mark.parametrize("triggers", [(), ("",), ("Wait", ""), "Wait"])
 def test_triggers_without_a_word_are_refused(triggers: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match="triggers"):
         count_steps("text", triggers)
