@@ -107,3 +107,24 @@ def base_config() -> ConfigDict:
     config.eval.top_p = 0.95
     config.eval.max_response_tokens = 16384
     return config.lock()
+
+
+def sft_config() -> ConfigDict:
+    """Supervised fine-tuning on the arithmetic corpus (`step_grpo.sft`)."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 1000
+    config.rows = 16  # packed rows a step
+    config.row_length = 320  # tokens a row
+    config.learning_rate = 1e-3
+    config.warmup_steps = 100
+    config.b1 = 0.9
+    config.b2 = 0.98
+    config.weight_decay = 1e-2
+    config.grad_clip = 1.0
+    config.dtype = "float32"
+    config.log_every = 20
+    config.export_dtype = "bfloat16"
+    config.architecture = ConfigDict()
+    config.instruction = data_config().instruction
+    return config.lock()
