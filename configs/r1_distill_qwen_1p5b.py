@@ -1,7 +1,7 @@
 """Step-GRPO on DeepSeek-R1-Distill-Qwen-1.5B with DAPO-Math-17k and the paper's settings (arXiv 2604.16890).
 
     python -m step_grpo.main --config=configs/r1_distill_qwen_1p5b.py            # the same line on every host
-    python -m step_grpo.main --config=configs/r1_distill_qwen_1p5b.py:runlocal   # two steps, tiny random model
+    python -m step_grpo.main --config=configs/r1_distill_qwen_1p5b.py:runlocal   # two steps, random weights
 
 Not strict: that mode answers Qwen3's over-confidence. This chat template opens `<think>` in the prompt.
 Hardware: not measured. Float32 weights, gradients and Adam, a bfloat16 copy to compute with and the bfloat16

@@ -67,15 +67,16 @@ def parse(main: Callable[..., None], argv: Sequence[str]) -> dict[str, Any]:
     given, rest = _plain_flags(list(parameters), argv)
     arguments: dict[str, Any] = {}
     for name, parameter in parameters.items():
-        if given[name] is None:
+        value = given[name]
+        if value is None:
             if parameter.default is inspect.Parameter.empty:
                 raise UserError(f"--{name} is missing; give {_example(name)}")
         elif name == "config":
-            arguments[name] = _override(load_config(given[name]), rest)
+            arguments[name] = _override(load_config(value), rest)
         elif parameter.annotation is str:
-            arguments[name] = given[name]
+            arguments[name] = value
         else:
-            arguments[name] = _folder(name, given[name])
+            arguments[name] = _folder(name, value)
     return arguments
 
 
@@ -175,9 +176,8 @@ def _module(path: Path) -> ModuleType:
 
 def _place(error: Exception, path: Path) -> str:
     """The file and, where the traceback passes through it, the line."""
-    lines = [
-        f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.absolute()
-    ]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == path.absolute()]
     return f"{path}, line {lines[-1]}" if lines else str(path)
 
 

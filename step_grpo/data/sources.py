@@ -333,8 +333,8 @@ def _refuse_hf(error: Exception, config: ConfigDict, where: str) -> NoReturn:
     text = _line(error)
     if isinstance(error, ConnectionError):
         raise UserError(
-            f"{where}.name: {config.name!r} is no local file or folder, not in the cache, and the Hugging Face "
-            "Hub cannot be reached; check the name and the network, or name a local copy"
+            f"{where}.name: {config.name!r} is no local file or folder, not in the cache, and the Hugging "
+            "Face Hub cannot be reached; check the name and the network, or name a local copy"
         ) from error
     if "split" in text:
         raise UserError(f"{where}.split is {config.split!r}: {text}") from error
@@ -362,8 +362,8 @@ def _read_tfds(config: ConfigDict, where: str) -> _Table:
         raise
     except ImportError as error:
         raise UserError(
-            f"{where}.name: preparing the TFDS dataset {name!r} needs the package {error.name!r}; install it, "
-            "or prepare the dataset elsewhere and point TFDS_DATA_DIR to it"
+            f"{where}.name: preparing the TFDS dataset {name!r} needs the package {error.name!r}; install "
+            "it, or prepare the dataset elsewhere and point TFDS_DATA_DIR to it"
         ) from error
     except Exception as error:  # any failure to read is the dataset's, and comes in many types
         text = _line(error)
@@ -386,8 +386,8 @@ def _prepared(tfds: Any, name: str, where: str) -> Any:
     if not builder.is_prepared():
         if hub.offline():
             raise UserError(
-                f"{where}.name: the TFDS dataset {name!r} is not in {builder.data_path.parent}, and there is no "
-                "network to download it; prepare it elsewhere and point TFDS_DATA_DIR to it"
+                f"{where}.name: the TFDS dataset {name!r} is not in {builder.data_path.parent}, and there is "
+                "no network to download it; prepare it elsewhere and point TFDS_DATA_DIR to it"
             )
         builder.download_and_prepare()
     return builder
