@@ -61,24 +61,54 @@ def config_from_hf(hf: dict[str, Any]) -> QwenConfig:
         raise UserError("config.json: use_sliding_window is true; only full attention is supported")
     if hf.get("hidden_act", "silu") != "silu":
         raise UserError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; only 'silu' is")
+    if kind == "qwen3" and hf.get("attention_bias"):
+        raise UserError("config.json: attention_bias is true; Qwen3 is supported without biases")
     try:
-        return QwenConfig(
+        cfg = QwenConfig(
             vocab_size=hf["vocab_size"],
             width=hf["hidden_size"],
             layers=hf["num_hidden_layers"],
             heads=hf["num_attention_heads"],
             kv_heads=hf["num_key_value_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            head_dim=_head_dim(kind, hf),
             ffn=hf["intermediate_size"],
             rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else hf["rope_theta"]),
             rms_eps=hf["rms_norm_eps"],
-            tied=hf["tie_word_embeddings"],
+            tied=bool(hf.get("tie_word_embeddings", False)),
             qk_norm=kind == "qwen3",
-            qkv_bias=kind == "qwen2" or bool(hf.get("attention_bias")),
+            qkv_bias=kind == "qwen2",
             init_std=hf.get("initializer_range", 0.02),
         )
     except KeyError as missing:
         raise UserError(f"config.json: field {missing} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"config.json: a size is not a number ({error})") from None
+    _check_sizes(cfg)
+    return cfg
+
+
+def _head_dim(kind: str, hf: dict[str, Any]) -> int:
+    """The head width `H`; where the file is silent, the default of the family."""
+    default = 128 if kind == "qwen3" else None
+    return hf.get("head_dim", default) or hf["hidden_size"] // hf["num_attention_heads"]
+
+
+def _check_sizes(cfg: QwenConfig) -> None:
+    """Refuses sizes that no model can have.
+
+    Raises:
+        UserError: naming the size.
+    """
+    for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn"):
+        size = getattr(cfg, name)
+        if type(size) is not int or size < 1:
+            raise UserError(f"config.json: the {name} of the model is {size!r}; it must be a positive integer")
+    if cfg.heads % cfg.kv_heads:
+        raise UserError(
+            f"config.json: num_attention_heads {cfg.heads} is no multiple of num_key_value_heads {cfg.kv_heads}"
+        )
+    if cfg.head_dim % 2:
+        raise UserError(f"config.json: head_dim {cfg.head_dim} is odd; rotary embedding needs an even one")
 
 
 class Qwen(nnx.Module):
@@ -185,14 +215,8 @@ def forward(
     return rms_norm(x_BTD, params["final_norm_D"].astype(dtype), cfg.rms_eps)
 
 
-def prefill(
-    params: Params, cfg: QwenConfig, tokens_BT: jax.Array, lengths_B: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """Runs prompts, padded on the right to `T`, and keeps their keys and values.
-
-    Returns:
-        The hidden state after each prompt's last token `[B, D]`, and a cache `[B, K, T, H]` a layer.
-    """
+def prefill(params: Params, cfg: QwenConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> Cache:
+    """Runs prompts of `lengths_B` tokens, padded on the right to `T`; returns a cache `[B, K, T, H]` a layer."""
     B, T = tokens_BT.shape
     at_T = jnp.arange(T)
     mask_BTS = (at_T[:, None] >= at_T[None, :]) & (at_T < lengths_B[:, None])[:, None, :]
@@ -207,8 +231,7 @@ def prefill(
     for weights in params["layers"]:
         x_BTD, kv = layer(cfg, weights, x_BTD, rope, keep)
         cache.append(kv)
-    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return rms_norm(last_BD, params["final_norm_D"], cfg.rms_eps), tuple(cache)
+    return tuple(cache)
 
 
 def decode(

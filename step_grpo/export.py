@@ -1,0 +1,245 @@
+"""Writes a Hugging Face folder that transformers and vLLM load.
+
+`python -m step_grpo.export --checkpoint=FOLDER --out=FOLDER [--dtype=bfloat16]`
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from step_grpo.errors import UserError
+from step_grpo.model.qwen import Params
+from step_grpo.model.weights import (
+    TOKENIZER_FILES,
+    check_dtype,
+    load_checkpoint,
+    load_params,
+    read_json,
+    resolve_checkpoint,
+    save_params,
+    write_json,
+)
+
+MANIFEST = "step_grpo_export.json"  # marks a folder as an export: its card, and the names of its files
+FRONT_MATTER = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- step-grpo
+- grpo
+- reasoning
+---"""
+CLASSES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+def export(checkpoint: str | Path, out: str | Path, *, dtype: str | None = None) -> Path:
+    """Writes `checkpoint` as a Hugging Face folder.
+
+    Args:
+        checkpoint: a Hugging Face folder, its Hub name, or `builtin:tiny`.
+        out: the folder to make; a previous export there is replaced.
+        dtype: "float32", "float16" or "bfloat16"; None keeps the stored one.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: the checkpoint does not load, or `out` holds something else than an export.
+    """
+    check_out(Path(out))
+    source = load_checkpoint(resolve_checkpoint(str(checkpoint), field="checkpoint"))
+    return write_hf_folder(
+        out,
+        load_params(source),
+        source.hf_config,
+        source.generation,
+        tokenizer_folder=source.folder,
+        card=_manifest(source.folder)["card"],
+        dtype=dtype or source.dtype,
+    )
+
+
+def write_hf_folder(
+    out: str | Path,
+    params: Params,
+    hf_config: dict[str, Any],
+    generation: dict[str, Any],
+    *,
+    tokenizer_folder: str | Path,
+    card: dict[str, Any],
+    dtype: str,
+) -> Path:
+    """Writes weights, configs, tokenizer and model card; `out` appears only when it is complete.
+
+    Args:
+        out: the folder to make; a previous export there is replaced.
+        params: weights of `step_grpo.model.qwen`.
+        hf_config: contents of the checkpoint's `config.json`.
+        generation: contents of its `generation_config.json`; {} makes one of the ids that end a text.
+        tokenizer_folder: where the tokenizer and its chat template are, copied as they are.
+        card: `settings` (a config) and `measured` (figures, those under `before` and `after` side by side),
+            both optional, nested dictionaries of JSON values.
+        dtype: "float32", "float16" or "bfloat16".
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: an unknown dtype, no tokenizer, or `out` holds something else than an export.
+    """
+    out, tokenizer_folder = Path(os.path.abspath(out)), Path(tokenizer_folder)
+    check_out(out)
+    check_dtype(dtype)
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{tokenizer_folder}: tokenizer.json is missing; put the model's tokenizer files there"
+        )
+    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        partial.mkdir(parents=True)
+        save_params(params, hf_config, partial, dtype=dtype)
+        write_json(partial / "config.json", _export_config(hf_config, dtype))
+        write_json(partial / "generation_config.json", generation or _generation(hf_config))
+        for name in TOKENIZER_FILES:
+            if (tokenizer_folder / name).is_file():
+                shutil.copyfile(tokenizer_folder / name, partial / name)
+        (partial / "README.md").write_text(
+            model_card(card, _export_config(hf_config, dtype)), encoding="utf-8"
+        )
+        files = sorted(path.name for path in partial.iterdir())
+        write_json(partial / MANIFEST, {"card": card, "files": [*files, MANIFEST]})
+        _replace(partial, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def check_out(out: Path) -> None:
+    """Refuses to write over anything but an empty folder or a previous export.
+
+    Raises:
+        UserError: naming what is in the way.
+    """
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise UserError(f"{out}: is a file or a link; name a folder that does not exist yet")
+    found = {path.name for path in out.iterdir()}
+    if found and MANIFEST not in found:
+        raise UserError(f"{out}: is not empty and no previous export; name another folder")
+    if foreign := sorted(found - set(_manifest(out)["files"])):
+        raise UserError(
+            f"{out}: {foreign[0]!r} is not of the previous export; move it or name another folder"
+        )
+
+
+def model_card(card: Mapping[str, Any], hf_config: Mapping[str, Any]) -> str:
+    """The README.md of an export: front matter, settings and measured figures, every value escaped."""
+    measured = dict(card.get("measured") or {})
+    before, after = (dict(flatten(measured.pop(key, None) or {})) for key in ("before", "after"))
+    compared = [(name, before.get(name, ""), after.get(name, "")) for name in {**before, **after}]
+    parts = [
+        FRONT_MATTER,
+        f"# {escape(hf_config['architectures'][0])} written by step_grpo",
+        "Step-GRPO ([arXiv 2604.16890](https://arxiv.org/abs/2604.16890)) trains a reasoning model to stop when"
+        " it has the answer; inference is plain sampling with this folder's tokenizer and chat template.",
+        f"Weights are stored in {escape(hf_config['dtype'])}.",
+        *_section("Measured", ("figure", "before", "after"), compared),
+        *_section("" if compared else "Measured", ("figure", "value"), flatten(measured)),
+        *_section("Settings", ("setting", "value"), flatten(card.get("settings") or {})),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a nested dictionary under dotted names."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def escape(value: Any) -> str:
+    """A value as literal text of a Markdown table cell: one line, nothing in it is markup.
+
+    What could be markup in Markdown or HTML becomes a character reference.
+    """
+    if isinstance(value, float):
+        value = f"{value:.6g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    markup = r"[^\w\s.,;/+='\"%-]|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word is none
+    return re.sub(markup, lambda match: f"&#{ord(match[0])};", text)
+
+
+def _section(title: str, columns: tuple[str, ...], rows: Any) -> Iterator[str]:
+    """A heading and a table, or nothing where there are no rows."""
+    lines = [f"| {' | '.join(escape(cell) for cell in row)} |" for row in rows]
+    if lines and title:
+        yield f"## {title}"
+    if lines:
+        yield "\n".join([f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}", *lines])
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Card and file names of an export; both empty for any other folder."""
+    found = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {"card": {}, "files": []}
+    if not isinstance(found.get("card"), dict) or not isinstance(found.get("files"), list):
+        raise UserError(f"{folder / MANIFEST}: 'card' or 'files' is missing; delete the file or the folder")
+    return found
+
+
+def _export_config(hf_config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """`config.json` of the export: class and dtype set, the dtype also under its older name if used."""
+    older = {"torch_dtype": dtype} if "torch_dtype" in hf_config else {}
+    return {**hf_config, "architectures": [CLASSES[hf_config["model_type"]]], "dtype": dtype, **older}
+
+
+def _generation(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """A `generation_config.json` for a checkpoint that has none."""
+    eos = hf_config.get("eos_token_id")
+    return {} if eos is None else {"eos_token_id": eos}
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Moves a complete folder to its name, over an empty folder or a previous export."""
+    old = out.parent / f".{out.name}.{os.getpid()}.old"
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("checkpoint", "", "Hugging Face folder, Hub name or builtin:tiny", flag_values=values)
+    flags.DEFINE_string("out", "", "the folder to make", flag_values=values)
+    flags.DEFINE_string(
+        "dtype", None, "float32, float16 or bfloat16 (default: as stored)", flag_values=values
+    )
+    try:
+        if rest := values(argv)[1:]:
+            raise UserError(f"{rest[0]!r} is not a flag; usage: --checkpoint=... --out=... [--dtype=...]")
+        for name in ("checkpoint", "out"):
+            if not values[name].value:
+                raise UserError(f"--{name} is missing; usage: --checkpoint=... --out=... [--dtype=...]")
+        print(export(values.checkpoint, values.out, dtype=values.dtype))
+    except (UserError, flags.Error) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

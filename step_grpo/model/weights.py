@@ -1,0 +1,466 @@
+"""Hugging Face folders to parameters and back, one tensor at a time.
+
+`RULES` says which tensor of a file is which weight of `step_grpo.model.qwen`, and how the axes of the two
+lie; everything else follows from it and from the architecture. A file stores a linear map as `[out, in]`,
+heads joined (`[N*H, D]`); ours are `[in, out]`, heads apart (`wq_DNH`), and the layers are stacked.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+import step_grpo
+from step_grpo.errors import UserError
+from step_grpo.model.qwen import Params, QwenConfig, abstract_params, config_from_hf, init_params
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+HUB_TIMEOUT = 10.0  # seconds until an unreachable Hub counts as offline
+
+
+class Rule(NamedTuple):
+    """One tensor of the file and one weight of ours."""
+
+    hf: str  # name in the file; `{}` stands for the layer
+    ours: str  # name in `params`, or in `params["layers"]`; its suffix names our axes
+    axes: tuple[str, ...]  # axes in the file: `("NH", "D")` is a matrix `[N*H, D]`
+
+
+RULES = (
+    Rule("model.embed_tokens.weight", "embed_VD", ("V", "D")),
+    Rule("model.layers.{}.input_layernorm.weight", "attn_norm_D", ("D",)),
+    Rule("model.layers.{}.self_attn.q_proj.weight", "wq_DNH", ("NH", "D")),
+    Rule("model.layers.{}.self_attn.q_proj.bias", "bq_NH", ("NH",)),
+    Rule("model.layers.{}.self_attn.k_proj.weight", "wk_DKH", ("KH", "D")),
+    Rule("model.layers.{}.self_attn.k_proj.bias", "bk_KH", ("KH",)),
+    Rule("model.layers.{}.self_attn.v_proj.weight", "wv_DKH", ("KH", "D")),
+    Rule("model.layers.{}.self_attn.v_proj.bias", "bv_KH", ("KH",)),
+    Rule("model.layers.{}.self_attn.o_proj.weight", "wo_NHD", ("D", "NH")),
+    Rule("model.layers.{}.self_attn.q_norm.weight", "q_norm_H", ("H",)),
+    Rule("model.layers.{}.self_attn.k_norm.weight", "k_norm_H", ("H",)),
+    Rule("model.layers.{}.post_attention_layernorm.weight", "mlp_norm_D", ("D",)),
+    Rule("model.layers.{}.mlp.gate_proj.weight", "w_gate_DF", ("F", "D")),
+    Rule("model.layers.{}.mlp.up_proj.weight", "w_up_DF", ("F", "D")),
+    Rule("model.layers.{}.mlp.down_proj.weight", "w_down_FD", ("D", "F")),
+    Rule("model.norm.weight", "final_norm_D", ("D",)),
+    Rule("lm_head.weight", "head_DV", ("V", "D")),
+)
+HEAD = RULES[-1].hf
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face folder whose config and tensor names, shapes and types have been checked."""
+
+    config: QwenConfig
+    hf_config: dict[str, Any]  # config.json as it is
+    generation: dict[str, Any]  # generation_config.json as it is, or {}
+    eos_ids: tuple[int, ...]  # every id that ends a completion
+    folder: Path
+    dtype: str  # of the stored embedding: "float32", "float16" or "bfloat16"
+    files: dict[str, Path]  # where each tensor is
+
+
+def resolve_checkpoint(name: str, field: str = "config.model.checkpoint") -> Path:
+    """The folder that `name` means: `builtin:tiny`, a folder, or a name on the Hugging Face Hub.
+
+    A Hub snapshot is downloaded, or taken from the cache where the Hub cannot be reached.
+
+    Args:
+        name: what the user wrote.
+        field: the config field or flag it was written in, for the error.
+
+    Raises:
+        UserError: it is none of them, or the Hub does not hand it out.
+    """
+    if name.startswith("builtin:"):
+        folder = Path(step_grpo.__file__).parent / "assets" / name.removeprefix("builtin:")
+        if name != "builtin:tiny" or not folder.is_dir():
+            raise UserError(
+                f"{field}: there is no {name!r} in this installation; the built-in is 'builtin:tiny'"
+            )
+        return folder
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise UserError(
+            f"{field}: {name!r} is no folder; give a folder, a Hub name org/name, or builtin:tiny"
+        )
+    return _snapshot(name, field)
+
+
+def load_checkpoint(folder: str | Path) -> Checkpoint:
+    """Reads the config files and the headers of the weights; no tensor is read.
+
+    Raises:
+        UserError: the folder, a file or a tensor is missing, damaged, of the wrong shape, or not expected.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; a checkpoint is a folder with config.json and {WEIGHTS}")
+    hf_config = read_json(folder / "config.json")
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.exists() else {}
+    config = config_from_hf(hf_config)
+    files = _tensor_files(folder)
+    return Checkpoint(
+        config=config,
+        hf_config=hf_config,
+        generation=generation,
+        eos_ids=_eos_ids(generation, hf_config),
+        folder=folder,
+        dtype=_check_tensors(files, config),
+        files=files,
+    )
+
+
+def load_params(checkpoint: Checkpoint, *, place: Callable[[np.ndarray], jax.Array] = jnp.asarray) -> Params:
+    """Reads the weights as float32, at most one weight (all its layers) and one tensor on the host at a time.
+
+    Args:
+        checkpoint: from `load_checkpoint`.
+        place: puts one finished host array onto its device; it may keep the array, nobody else does.
+
+    Returns:
+        The tree of `step_grpo.model.qwen.abstract_params`.
+    """
+    cfg = checkpoint.config
+    params: Params = {"layers": {}}
+    with contextlib.ExitStack() as stack:
+        handles = {path: stack.enter_context(_open(path)) for path in set(checkpoint.files.values())}
+
+        def read(name: str) -> np.ndarray:
+            return handles[checkpoint.files[name]].get_tensor(name)
+
+        for rule in _rules(cfg):
+            branch = params["layers"] if _is_stacked(rule) else params
+            branch[rule.ours] = place(_host_weight(rule, cfg, read))  # and nothing else holds it
+    return params
+
+
+def save_params(
+    params: Params,
+    hf_config: dict[str, Any],
+    folder: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Writes the weights into `folder` as safetensors: one file, or shards and their index.
+
+    The same weights give the same bytes. Each file appears under its name only when it is complete; at most
+    one shard is on the host. A tied head is not written.
+
+    Args:
+        params: the tree of `step_grpo.model.qwen`, arrays of JAX or NumPy.
+        hf_config: contents of the `config.json` that goes with them.
+        folder: an existing folder.
+        dtype: "float32", "float16" or "bfloat16".
+        max_shard_bytes: a shard is closed before it would pass this size.
+
+    Raises:
+        UserError: an unknown dtype, or a weight that is not finite in it.
+    """
+    check_dtype(dtype)
+    folder, cfg = Path(folder), config_from_hf(hf_config)
+    sizes, itemsize = _axis_sizes(cfg), np.dtype(DTYPES[dtype]).itemsize
+    tensors = {name: (rule, layer) for name, rule, layer in _tensors(cfg)}
+    nbytes = {name: itemsize * math.prod(_file_shape(rule, sizes)) for name, (rule, _) in tensors.items()}
+    shards = plan_shards(nbytes, max_shard_bytes)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [WEIGHTS]
+
+    for file, shard in zip(names, shards, strict=True):
+        arrays = {name: _to_file(params, *tensors[name], sizes, dtype) for name in shard}
+        partial = folder / f".{file}.partial"
+        save_file(arrays, partial, metadata={"format": "pt"})
+        partial.replace(folder / file)
+    if len(shards) == 1:
+        (folder / INDEX).unlink(missing_ok=True)
+    else:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        write_json(
+            folder / INDEX, {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
+        )
+        (folder / WEIGHTS).unlink(missing_ok=True)  # readers prefer it to the index
+
+
+def random_checkpoint(architecture: dict[str, Any], seed: int) -> tuple[dict[str, Any], Params]:
+    """Random weights for a partial `config.json`; transformers' own defaults complete it.
+
+    Args:
+        architecture: fields of a Hugging Face config, `model_type` among them.
+        seed: of the initialiser.
+
+    Returns:
+        The complete contents of `config.json`, and the float32 weights.
+
+    Raises:
+        UserError: an unsupported model type, an unknown field or a wrong value.
+    """
+    from transformers import AutoConfig  # noqa: PLC0415  # takes seconds, and only random weights need it
+
+    fields = dict(architecture)
+    kind = fields.pop("model_type", None)
+    if kind not in ("qwen3", "qwen2"):
+        raise UserError(f"config.model.architecture.model_type: {kind!r} is none of 'qwen3', 'qwen2'")
+    known = {*AutoConfig.for_model(kind).to_dict(), "rope_theta"}
+    for field in fields.keys() - known:
+        raise UserError(f"config.model.architecture.{field}: {kind} has no such field")
+    try:
+        hf_config = AutoConfig.for_model(kind, **fields).to_diff_dict()
+    except Exception as error:  # transformers' validators raise types of their own
+        raise UserError(f"config.model.architecture: {_one_line(error)}") from None
+    return hf_config, init_params(config_from_hf(hf_config), seed)
+
+
+def plan_shards(nbytes: dict[str, int], limit: int) -> list[list[str]]:
+    """Deals names, in order, into shards of at most `limit` bytes; a larger tensor has a shard of its own."""
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, size in nbytes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuses a name that is not one of `DTYPES`.
+
+    Raises:
+        UserError: naming the choices.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a checkpoint folder has one") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({_one_line(error)})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes JSON as transformers does, under a temporary name until it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _snapshot(name: str, field: str) -> Path:
+    """Downloads `org/name`, or finds it in the cache."""
+    from huggingface_hub import HfApi, errors, snapshot_download  # noqa: PLC0415
+
+    cached_only = False
+    try:
+        try:
+            # snapshot_download itself sets no time limit, and would wait for minutes on a dead network
+            HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        except (errors.RepositoryNotFoundError, errors.HFValidationError):
+            raise
+        except Exception:  # offline in one of many ways
+            cached_only = True
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached_only))
+    except errors.GatedRepoError:
+        reason = "the Hub wants you to accept its licence and to log in (`hf auth login`)"
+    except errors.RepositoryNotFoundError:
+        reason = "the Hub has no such model, or it is private (`hf auth login`)"
+    except errors.LocalEntryNotFoundError:
+        reason = "the Hub cannot be reached (offline?), and the cache does not have it"
+    except Exception as error:  # one line for the user whatever goes wrong between here and the Hub
+        reason = _one_line(error)
+    raise UserError(
+        f"{field}: {name!r} is no folder, and {reason}; give a folder, a Hub name, or builtin:tiny"
+    )
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor names and the file each is in, from the headers or the index."""
+    if (folder / WEIGHTS).exists():
+        with _open(folder / WEIGHTS) as handle:
+            return dict.fromkeys(handle.keys(), folder / WEIGHTS)
+    if not (folder / INDEX).exists():
+        raise UserError(f"{folder}: the weights are missing; neither {WEIGHTS} nor {INDEX} is there")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{folder / INDEX}: 'weight_map' does not map tensor names to files")
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or not (folder / file).is_file():
+            raise UserError(f"{folder / INDEX}: names the shard {file!r}, which is not in the folder")
+        with _open(folder / file) as handle:
+            lost = {name for name, where in weight_map.items() if where == file} - set(handle.keys())
+        if lost:
+            raise UserError(f"{folder / file}: tensor {min(lost)!r} is missing; {INDEX} says it is here")
+    return {name: folder / file for name, file in weight_map.items()}
+
+
+def _check_tensors(files: dict[str, Path], cfg: QwenConfig) -> str:
+    """Compares names, shapes and types with what the architecture asks for; the embedding's dtype."""
+    sizes = _axis_sizes(cfg)
+    shapes = {name: _file_shape(rule, sizes) for name, rule, _ in _tensors(cfg)}
+    where = next(iter(files.values())).parent if files else Path()
+    if missing := sorted(shapes.keys() - files.keys()):
+        raise UserError(
+            f"{where}: tensor {missing[0]!r} is missing ({len(missing)} are); config.json asks for it"
+        )
+    extra = sorted(files.keys() - shapes.keys() - ({HEAD} if cfg.tied else set()))
+    if extra:
+        raise UserError(f"{where}: tensor {extra[0]!r} is not expected ({len(extra)} are) by config.json")
+    stored = {}
+    for path in set(files.values()):
+        with _open(path) as handle:
+            for name in (name for name in shapes if files[name] == path):
+                found = handle.get_slice(name)
+                stored[name] = found.get_dtype()
+                if stored[name] not in STORED:
+                    raise UserError(
+                        f"{path}: tensor {name!r} is {stored[name]}; supported: {', '.join(STORED)}"
+                    )
+                if (shape := tuple(found.get_shape())) != shapes[name]:
+                    raise UserError(
+                        f"{path}: tensor {name!r} has shape {shape}; config.json asks for {shapes[name]}"
+                    )
+    return STORED[stored[RULES[0].hf]]
+
+
+def _open(path: Path) -> Any:
+    """Opens a safetensors file; its length is checked against its header."""
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: damaged or incomplete, copy or download it again ({_one_line(error)})"
+        ) from None
+
+
+def _eos_ids(generation: dict[str, Any], hf_config: dict[str, Any]) -> tuple[int, ...]:
+    """The end-of-text ids of both files, in order, each once."""
+    found: list[int] = []
+    for file, fields in (("generation_config.json", generation), ("config.json", hf_config)):
+        ids = fields.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise UserError(
+                f"{file}: eos_token_id is {fields['eos_token_id']!r}; it must be an id or a list of ids"
+            )
+        found += ids
+    return tuple(dict.fromkeys(found))
+
+
+def _rules(cfg: QwenConfig) -> tuple[Rule, ...]:
+    """The rules of the weights that this architecture has."""
+    tree = abstract_params(cfg)
+    return tuple(rule for rule in RULES if rule.ours in tree or rule.ours in tree["layers"])
+
+
+def _tensors(cfg: QwenConfig) -> Iterator[tuple[str, Rule, int]]:
+    """Name, rule and layer of every tensor of a file, layer after layer."""
+    rules = _rules(cfg)
+    stacked = [rule for rule in rules if _is_stacked(rule)]
+    first = rules.index(stacked[0])
+    yield from ((rule.hf, rule, 0) for rule in rules[:first])
+    for layer in range(cfg.layers):
+        yield from ((rule.hf.format(layer), rule, layer) for rule in stacked)
+    yield from ((rule.hf, rule, 0) for rule in rules[first + len(stacked) :])
+
+
+def _axis_sizes(cfg: QwenConfig) -> dict[str, int]:
+    """Sizes of the axis letters."""
+    return {
+        "V": cfg.vocab_size,
+        "D": cfg.width,
+        "N": cfg.heads,
+        "K": cfg.kv_heads,
+        "H": cfg.head_dim,
+        "F": cfg.ffn,
+    }
+
+
+def _is_stacked(rule: Rule) -> bool:
+    return "{}" in rule.hf
+
+
+def _our_axes(rule: Rule) -> str:
+    return rule.ours.rsplit("_", 1)[1]
+
+
+def _file_shape(rule: Rule, sizes: dict[str, int]) -> tuple[int, ...]:
+    """Shape in the file."""
+    return tuple(math.prod(sizes[letter] for letter in axis) for axis in rule.axes)
+
+
+def _from_file(tensor: np.ndarray, rule: Rule, sizes: dict[str, int]) -> np.ndarray:
+    """A view of a file's tensor with our axes."""
+    letters = "".join(rule.axes)
+    apart = tensor.reshape([sizes[letter] for letter in letters])
+    return apart.transpose([letters.index(letter) for letter in _our_axes(rule)])
+
+
+def _host_weight(rule: Rule, cfg: QwenConfig, read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """One weight of ours in float32, filled layer by layer where it is stacked."""
+    sizes = _axis_sizes(cfg)
+    if not _is_stacked(rule):
+        return np.ascontiguousarray(_from_file(read(rule.hf), rule, sizes), np.float32)
+    weight = np.empty((cfg.layers, *(sizes[letter] for letter in _our_axes(rule))), np.float32)
+    for layer in range(cfg.layers):
+        weight[layer] = _from_file(read(rule.hf.format(layer)), rule, sizes)
+    return weight
+
+
+def _to_file(params: Params, rule: Rule, layer: int, sizes: dict[str, int], dtype: str) -> np.ndarray:
+    """A host copy of one tensor as the file stores it."""
+    if _is_stacked(rule):  # an index that is an operand: one compiled slice serves every layer
+        weight = jax.lax.dynamic_index_in_dim(params["layers"][rule.ours], jnp.int32(layer), keepdims=False)
+    else:
+        weight = params[rule.ours]
+    array = np.asarray(jnp.asarray(weight).astype(DTYPES[dtype]))
+    if not np.isfinite(array).all():
+        raise UserError(f"tensor {rule.hf.format(layer)!r} has values that are not finite in {dtype}")
+    letters, axes = "".join(rule.axes), _our_axes(rule)
+    joined = array.transpose([axes.index(letter) for letter in letters]).reshape(_file_shape(rule, sizes))
+    return np.ascontiguousarray(joined)
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of an exception on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
