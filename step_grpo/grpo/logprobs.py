@@ -81,7 +81,7 @@ def token_logprobs(
         temperature: above 0; a Python number.
         chunk: tokens (over all B rows) in a tile; at least one position of every row is taken.
         vocab_chunk: vocabulary entries in a tile. The vocabulary axis is sliced: shard the head along D.
-        vocab_axis: 1 for a head [D, V]; 0 for [V, D], such as a tied embedding: its transpose would be a copy.
+        vocab_axis: 1 for a head [D, V]; 0 for [V, D], such as a tied embedding (a transpose is a copy).
 
     Returns:
         TokenLogprobs, f32 [B, T] each.

@@ -61,7 +61,8 @@ class Update(NamedTuple):
     """Jitted pure functions of one training run; each compiles once for one shape of batch.
 
     Attributes:
-        init: params -> TrainState at step 0.
+        init: params -> TrainState at step 0, which holds these very buffers. `apply` gives them away: keep a
+            copy of what must outlive it, such as the params of the reference.
         start: params -> (grads, sums), all zero, to accumulate into.
         logprobs: (params, packed batch) -> TokenLogprobs of its targets; also for the reference's params.
         accumulate: (params, grads, sums, batch) -> (grads, sums) with the sums of one micro-batch added;
@@ -201,7 +202,7 @@ def _apply(
         policy_gap=means.policy_gap,
         sampler_gap=means.sampler_gap,
         sampler_gap_rms=jnp.sqrt(means.sampler_gap_squared),
-        grad_norm=optax.global_norm(grads),
-        update_norm=jnp.where(trained, optax.global_norm(updates), 0.0),
+        grad_norm=optax.tree.norm(grads),
+        update_norm=jnp.where(trained, optax.tree.norm(updates), 0.0),
         tokens=sums.tokens,
     )
