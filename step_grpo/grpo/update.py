@@ -61,8 +61,8 @@ class Update(NamedTuple):
     """Jitted pure functions of one training run; each compiles once for one shape of batch.
 
     Attributes:
-        init: params -> TrainState at step 0, which holds these very buffers: what must outlive `apply`, such as
-            the params of the reference, needs a copy.
+        init: params -> TrainState at step 0, which holds these very buffers. `apply` gives them away: keep a
+            copy of what must outlive it, such as the params of the reference.
         start: params -> (grads, sums), all zero, to accumulate into.
         logprobs: (params, packed batch) -> TokenLogprobs of its targets; also for the reference's params.
         accumulate: (params, grads, sums, batch) -> (grads, sums) with the sums of one micro-batch added;
