@@ -46,9 +46,8 @@ def save(
     state: TrainState,
     described: Description,
     config: ConfigDict,
-    keep: int,
 ) -> Path:
-    """Writes the checkpoint of a step and removes all but the newest `keep`; returns its folder."""
+    """Writes the checkpoint of a step and removes all but the newest few; returns its folder."""
     folder = workdir / "checkpoints" / f"{progress.step:06d}"
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -60,7 +59,7 @@ def save(
     write_json(partial / RUN, json.loads(json.dumps(run)))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    for old in saved_steps(workdir)[:-keep]:
+    for old in saved_steps(workdir)[: -config.keep_checkpoints]:
         shutil.rmtree(old)
     return folder
 

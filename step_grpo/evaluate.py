@@ -57,7 +57,9 @@ def evaluation_prompts(described: Description, config: ConfigDict) -> list[Encod
     questions = load_questions(data, where="config.eval.data")
     count = config.eval.questions or len(questions)
     if count > len(questions):
-        raise UserError(f"config.eval.questions is {count}, but config.eval.data has {len(questions)} questions")
+        raise UserError(
+            f"config.eval.questions is {count}, but config.eval.data has {len(questions)} questions"
+        )
     chosen = [questions[i] for i in range(count)]
     prompts = encode_prompts(
         described.tokenizer,
@@ -66,7 +68,9 @@ def evaluation_prompts(described: Description, config: ConfigDict) -> list[Encod
         max_prompt_tokens=config.rollout.max_prompt_tokens,
     )
     if prompts.dropped:
-        print(f"{prompts.dropped} evaluation prompts are longer than config.rollout.max_prompt_tokens: left out")
+        print(
+            f"{prompts.dropped} evaluation prompts are longer than config.rollout.max_prompt_tokens: left out"
+        )
     if not prompts.kept:
         raise UserError("config.rollout.max_prompt_tokens: every evaluation prompt is longer; raise it")
     return prompts.kept

@@ -44,9 +44,14 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/sft")) -> None:
     params = jax.device_put(params, replicated(devices))
     opt_state = jax.jit(optimizer.init)(params)
     batches = corpus_batches(config, tokenizer)
-    with MetricsWriter(workdir / "metrics.jsonl") as metrics, progress_bar("fine-tuning", config.steps) as bar:
+    with (
+        MetricsWriter(workdir / "metrics.jsonl") as metrics,
+        progress_bar("fine-tuning", config.steps) as bar,
+    ):
         for step in range(config.steps):
-            params, opt_state, loss = step_fn(params, opt_state, jax.device_put(next(batches), over_data(devices)))
+            params, opt_state, loss = step_fn(
+                params, opt_state, jax.device_put(next(batches), over_data(devices))
+            )
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 figures = {"loss": float(loss), "seconds": time.monotonic() - started}
                 metrics.write(step + 1, figures)

@@ -102,7 +102,9 @@ def _check_sizes(cfg: QwenConfig) -> None:
     for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn"):
         size = getattr(cfg, name)
         if type(size) is not int or size < 1:
-            raise UserError(f"config.json: the {name} of the model is {size!r}; it must be a positive integer")
+            raise UserError(
+                f"config.json: the {name} of the model is {size!r}; it must be a positive integer"
+            )
     if cfg.heads % cfg.kv_heads:
         raise UserError(
             f"config.json: num_attention_heads {cfg.heads} is no multiple of num_key_value_heads {cfg.kv_heads}"
@@ -190,7 +192,12 @@ def unembed(params: Params, x: jax.Array) -> jax.Array:
 
 
 def forward(
-    params: Params, cfg: QwenConfig, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, dtype
+    params: Params,
+    cfg: QwenConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    dtype,
 ) -> jax.Array:
     """Hidden states after the final norm, `[B, T, D]`, of packed rows.
 

@@ -83,8 +83,12 @@ class RolloutEngine:
         segment = partial(decode.decode_segment, self.cfg, self.machine)
         programs = {
             "_empty": shard(empty, (), lanes),
-            "_refill": shard(refill, (everywhere, lanes, everywhere, everywhere, lanes, lanes, lanes), lanes, (1,)),
-            "_segment": shard(segment, (everywhere,) * 3 + (lanes,) + (everywhere,) * 2, (lanes, lanes), (3,)),
+            "_refill": shard(
+                refill, (everywhere, lanes, everywhere, everywhere, lanes, lanes, lanes), lanes, (1,)
+            ),
+            "_segment": shard(
+                segment, (everywhere,) * 3 + (lanes,) + (everywhere,) * 2, (lanes, lanes), (3,)
+            ),
         }
         for name, program in programs.items():
             object.__setattr__(self, name, program)
@@ -133,13 +137,20 @@ class RolloutEngine:
             live = sum(o is not None for o in owner)
             stop_live = max(live - max(1, self.lanes // REFILL_SHARE), 0) if queue else 0
             state, taken = self._segment(
-                params, self.vocab, run_key, state, jnp.int32(SEGMENT_STEPS), jnp.int32(stop_live // self.mesh.size)
+                params,
+                self.vocab,
+                run_key,
+                state,
+                jnp.int32(SEGMENT_STEPS),
+                jnp.int32(stop_live // self.mesh.size),
             )
             steps += int(np.sum(taken))
             finished += harvest(state, owner)
             on_progress(len(finished))
         finished.sort(key=lambda c: (c.prompt, c.sample))
-        stats = RolloutStats(time.monotonic() - started, steps, steps * self.lanes // self.mesh.size, prefilled)
+        stats = RolloutStats(
+            time.monotonic() - started, steps, steps * self.lanes // self.mesh.size, prefilled
+        )
         return finished, stats
 
     def _fill(self, params, state, prompts, queue, owner):
