@@ -150,8 +150,8 @@ def model_card(card: Mapping[str, Any], hf_config: Mapping[str, Any]) -> str:
     parts = [
         FRONT_MATTER,
         f"# {escape(hf_config['architectures'][0])} written by step_grpo",
-        "Step-GRPO ([arXiv 2604.16890](https://arxiv.org/abs/2604.16890)) trains a reasoning model to stop when"
-        " it has the answer; inference is plain sampling with this folder's tokenizer and chat template.",
+        "Step-GRPO ([arXiv 2604.16890](https://arxiv.org/abs/2604.16890)) trains a reasoning model to stop"
+        " when it has the answer; inference is plain sampling with the tokenizer and chat template here.",
         f"Weights are stored in {escape(hf_config['dtype'])}.",
         *_section("Measured", ("figure", "before", "after"), compared),
         *_section("" if compared else "Measured", ("figure", "value"), flatten(measured)),

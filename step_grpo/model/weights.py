@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +159,8 @@ def load_params(checkpoint: Checkpoint, *, place: Callable[[np.ndarray], jax.Arr
 
         for rule in _rules(cfg):
             branch = params["layers"] if _is_stacked(rule) else params
-            branch[rule.ours] = place(_host_weight(rule, cfg, read))  # and nothing else holds it
+            # waiting frees the host array before the next one is made
+            branch[rule.ours] = jax.block_until_ready(place(_host_weight(rule, cfg, read)))
     return params
 
 
@@ -295,8 +297,10 @@ def _snapshot(name: str, field: str) -> Path:
         try:
             # snapshot_download itself sets no time limit, and would wait for minutes on a dead network
             HfApi().model_info(name, timeout=HUB_TIMEOUT)
-        except (errors.RepositoryNotFoundError, errors.HFValidationError):
-            raise
+        except errors.HfHubHTTPError as error:
+            if error.response.status_code in (401, 403, 404):
+                raise
+            cached_only = True
         except Exception:  # offline in one of many ways
             cached_only = True
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
@@ -447,13 +451,18 @@ def _host_weight(rule: Rule, cfg: QwenConfig, read: Callable[[str], np.ndarray])
     return weight
 
 
+@partial(jax.jit, static_argnames="dtype")
+def _one_layer(weight: jax.Array, layer: int, dtype: str) -> jax.Array:
+    """One layer of a stacked weight, cast on the device; one compiled slice serves every layer."""
+    return jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False).astype(DTYPES[dtype])
+
+
 def _to_file(params: Params, rule: Rule, layer: int, sizes: dict[str, int], dtype: str) -> np.ndarray:
     """A host copy of one tensor as the file stores it."""
-    if _is_stacked(rule):  # an index that is an operand: one compiled slice serves every layer
-        weight = jax.lax.dynamic_index_in_dim(params["layers"][rule.ours], jnp.int32(layer), keepdims=False)
+    if _is_stacked(rule):
+        array = np.asarray(_one_layer(params["layers"][rule.ours], layer, dtype))
     else:
-        weight = params[rule.ours]
-    array = np.asarray(jnp.asarray(weight).astype(DTYPES[dtype]))
+        array = np.asarray(jnp.asarray(params[rule.ours]).astype(DTYPES[dtype]))
     if not np.isfinite(array).all():
         raise UserError(f"tensor {rule.hf.format(layer)!r} has values that are not finite in {dtype}")
     letters, axes = "".join(rule.axes), _our_axes(rule)
