@@ -28,6 +28,8 @@ setup(
         "safetensors>=0.6",
         "rich>=13.0",
         "jinja2>=3.1",
+        "pyarrow>=21",
+        "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],

@@ -4,6 +4,12 @@
 lines over it. Configs are locked, so a mistyped field is an error and not a silent default.
 """
 
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from step_grpo.errors import UserError
@@ -15,7 +21,8 @@ def data_config(**fields) -> ConfigDict:
     source: `hf`, `tfds`, `jsonl`, `parquet` or `arithmetic`; name: Hub name, TFDS name, or path;
     prompt_column and answer_column take dotted paths (`reward_model.ground_truth`, `prompt.0.content`);
     answer_pattern: regex whose first group is the answer (empty: the whole column);
-    instruction: appended to the trimmed question; bad_rows: `error` or `drop`.
+    instruction: appended to the trimmed question; bad_rows: `error` or `drop`;
+    count: problems to generate, for `arithmetic` alone.
     """
     config = ConfigDict(
         {
@@ -28,6 +35,7 @@ def data_config(**fields) -> ConfigDict:
             "answer_pattern": "",
             "instruction": " Please reason step by step, and put your final answer within \\boxed{}.",
             "bad_rows": "error",
+            "count": 10_000,
         }
     )
     config.update(fields)
@@ -36,74 +44,335 @@ def data_config(**fields) -> ConfigDict:
 
 def base_config() -> ConfigDict:
     """The paper's run: Qwen3-8B on DAPO-Math-17k (METHOD, section 4)."""
+    run = {
+        "seed": 0,
+        "steps": 100,  # rollout batches
+        "prompts_per_step": 512,
+        "save_every": 10,  # steps between checkpoints
+        "keep_checkpoints": 3,
+        "export_dtype": "bfloat16",
+    }
+    model = {
+        "checkpoint": "Qwen/Qwen3-8B",  # folder, Hub name, or `builtin:tiny`; empty: random weights
+        "tokenizer": "",  # folder or Hub name; empty: the checkpoint's own
+        "architecture": {},  # fields of a HF config.json, for random weights only
+        "dtype": "bfloat16",  # of the compute; master weights are float32
+    }
+    # The original upload holds each question a hundred times, wrapped in an instruction of its own that
+    # asks for another answer format; this copy holds the bare questions, once.
+    data = data_config(
+        name="open-r1/DAPO-Math-17k-Processed", subset="all", prompt_column="prompt", answer_column="solution"
+    )
+    rollout = {
+        "samples": 5,  # G, completions a prompt
+        "lanes": 64,
+        "max_prompt_tokens": 2048,
+        "max_response_tokens": 16384,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "exit": "confidence",  # or `none`: plain sampling
+        "delta": 0.95,
+        "strict": True,
+        "triggers": ("Wait",),
+        "inducing_prompt": "\n**Final Answer**\n\\boxed",
+        "think_ratio": 0.9,
+        "max_probes": 10,
+        "max_probe_tokens": 20,
+        "budget_margin": 50,  # a probe this close to the thinking budget ends the thinking
+        "max_repetitions": 3,
+    }
+    reward = {
+        "name": "step_aware",  # or `accuracy`, `length_penalty`
+        "alpha": 0.9,
+        "beta": 0.5,
+        "baseline": "correct",  # or `all`
+        "length_penalty": 0.5,
+        "grading_workers": 2,
+        "grading_deadline": 5.0,  # seconds an answer
+    }
+    grpo = {
+        "prompts_per_update": 128,
+        "learning_rate": 1e-6,
+        "b1": 0.9,
+        "b2": 0.999,
+        "weight_decay": 1e-2,
+        "grad_clip": 1.0,
+        "clip_low": 0.2,
+        "clip_high": 0.3,
+        "dual_clip": 3.0,
+        "kl_coef": 1e-2,
+        "old_logprobs": "trainer",  # or `sampler`
+        "train_forced_tokens": True,
+        "row_length": 18432,  # tokens a packed row
+        "rows": 1,  # packed rows a micro-batch
+        "logprob_chunk": 1024,  # tokens whose logits exist at one time
+    }
+    evaluation = {
+        "data": data_config(name="HuggingFaceH4/MATH-500", split="test"),
+        "questions": 500,  # the first so many of the split; 0: all
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "max_response_tokens": 16384,
+    }
+    groups = {"model": model, "data": data, "rollout": rollout, "reward": reward, "grpo": grpo}
+    return ConfigDict({**run, **groups, "eval": evaluation}).lock()
+
+
+def variant(config: ConfigDict, arg: str, **family: Any) -> ConfigDict:
+    """What `get_config(arg)` of a real model returns: the config itself, or with `runlocal` a small one.
+
+    Args:
+        config: the full-size run.
+        arg: what follows the colon of `--config=FILE.py:ARG`.
+        **family: `model_type` and `tied` of the model, for `runlocal`.
+
+    Raises:
+        UserError: any other `arg`.
+    """
+    if arg == "runlocal":
+        config = runlocal(config, **family)
+    elif arg:
+        raise UserError(f"--config: unknown argument {arg!r} after the colon; there is 'runlocal', or none")
+    return config.lock()
+
+
+def runlocal(config: ConfigDict, *, model_type: str, tied: bool) -> ConfigDict:
+    """The same program, small enough for two steps on a laptop's CPU: what it learns is nothing.
+
+    The model is tiny and random, but of the same family and with the full vocabulary, so that the real
+    tokenizer and chat template serve. Questions are GSM8K's. Both come from the Hub, or from the folder that
+    the environment variable STEP_GRPO_TEST_DATA names.
+    """
+    config = config.copy_and_resolve_references().unlock()
+    data = _local_gsm8k()
+    config.update(
+        {
+            "steps": 2,
+            "prompts_per_step": 2,
+            "save_every": 1,
+            "export_dtype": "float32",
+            "model": {
+                "checkpoint": "",
+                "tokenizer": _local_tokenizer() or config.model.checkpoint,
+                "architecture": _tiny_architecture(model_type, tied),
+                "dtype": "float32",
+            },
+            "rollout": {
+                "samples": 2,
+                "lanes": 4,
+                "max_prompt_tokens": 512,
+                "max_response_tokens": 48,
+                "max_probe_tokens": 8,
+                "budget_margin": 4,
+            },
+            "grpo": {"prompts_per_update": 1, "row_length": 640, "logprob_chunk": 128},
+            "eval": {"questions": 4, "max_response_tokens": 48},
+        }
+    )
+    config.data.update(data)
+    config.eval.data.update({**data, "split": "test"})
+    return config
+
+
+def _tiny_architecture(model_type: str, tied: bool) -> dict[str, Any]:
+    """A Hugging Face `config.json` of two narrow layers under the vocabulary of Qwen2 and Qwen3."""
+    return {
+        "model_type": model_type,
+        "vocab_size": 151936,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 32768,
+    }
+
+
+def _local_tokenizer() -> str:
+    folder = os.environ.get("STEP_GRPO_TEST_DATA")
+    return str(Path(folder) / "qwen3_tokenizer") if folder else ""
+
+
+def _local_gsm8k() -> dict[str, str]:
+    """The fields of a `data_config` that differ for GSM8K."""
+    folder = os.environ.get("STEP_GRPO_TEST_DATA")
+    if folder:
+        name = str(Path(folder) / "benchmarks" / "gsm8k.jsonl")
+        return {
+            "source": "jsonl",
+            "name": name,
+            "subset": "",
+            "prompt_column": "problem",
+            "answer_column": "answer",
+        }
+    return {
+        "name": "openai/gsm8k",
+        "subset": "main",
+        "prompt_column": "question",
+        "answer_column": "answer",
+        "answer_pattern": "#### (.*)",
+    }
+
+
+# ---------------------------------------------------------------- checks
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field that has wrong values, and the fields that must fit each other.
+
+    Raises:
+        UserError: naming the field, its value and what would be right.
+    """
+    _check_run(config)
+    _check_model(config.model)
+    _check_data(config.data, "config.data")
+    _check_data(config.eval.data, "config.eval.data")
+    _check_rollout(config.rollout)
+    _check_reward(config.reward)
+    _check_grpo(config)
+    _check_eval(config.eval)
+
+
+def _require(ok: bool, field: str, value: Any, right: str) -> None:
+    if not ok:
+        raise UserError(f"{field} is {value!r}; it must be {right}")
+
+
+def _choice(group: ConfigDict, where: str, field: str, choices: Sequence[str]) -> None:
+    _require(group[field] in choices, f"{where}.{field}", group[field], " or ".join(map(repr, choices)))
+
+
+def _at_least(least: float, group: ConfigDict, where: str, *fields: str) -> None:
+    for field in fields:
+        _require(
+            least <= group[field] < math.inf,
+            f"{where}.{field}",
+            group[field],
+            f"a number of at least {least}",
+        )
+
+
+def _positive(group: ConfigDict, where: str, *fields: str) -> None:
+    for field in fields:
+        _require(0 < group[field] < math.inf, f"{where}.{field}", group[field], "a number above 0")
+
+
+def _fraction(group: ConfigDict, where: str, *fields: str) -> None:
+    for field in fields:
+        _require(0 <= group[field] <= 1, f"{where}.{field}", group[field], "between 0 and 1")
+
+
+def _share(group: ConfigDict, where: str, *fields: str) -> None:
+    for field in fields:
+        _require(0 < group[field] <= 1, f"{where}.{field}", group[field], "above 0 and at most 1")
+
+
+def _check_run(config: ConfigDict) -> None:
+    _at_least(0, config, "config", "seed")
+    _at_least(1, config, "config", "steps", "prompts_per_step", "save_every", "keep_checkpoints")
+    _choice(config, "config", "export_dtype", ("bfloat16", "float16", "float32"))
+
+
+def _check_model(model: ConfigDict) -> None:
+    where = "config.model"
+    _choice(model, where, "dtype", ("bfloat16", "float32"))
+    random = len(model.architecture) > 0
+    if bool(model.checkpoint) == random:
+        both = "are both set" if random else "are both empty"
+        raise UserError(
+            f"{where}.checkpoint and {where}.architecture {both}; set the checkpoint to train one, or the "
+            "architecture (and an empty checkpoint) for random weights"
+        )
+    if random:
+        kind = model.architecture.get("model_type")
+        _require(kind in ("qwen3", "qwen2"), f"{where}.architecture.model_type", kind, "'qwen3' or 'qwen2'")
+        _require(bool(model.tokenizer), f"{where}.tokenizer", "", "named, since there is no checkpoint")
+
+
+def _check_data(data: ConfigDict, where: str) -> None:
+    _choice(data, where, "source", ("hf", "tfds", "jsonl", "parquet", "arithmetic"))
+    _choice(data, where, "bad_rows", ("error", "drop"))
+    if data.source == "arithmetic":
+        _at_least(1, data, where, "count")
+    else:
+        _require(bool(data.name), f"{where}.name", data.name, "the name of a dataset or the path of a file")
+    for field in ("prompt_column", "answer_column"):
+        right = "a column, or a dotted path into one"
+        _require(all(data[field].split(".")), f"{where}.{field}", data[field], right)
+
+
+def _check_rollout(rollout: ConfigDict) -> None:
+    where = "config.rollout"
+    _require(rollout.samples >= 2, f"{where}.samples", rollout.samples, "at least 2, to compare in a group")
+    _at_least(1, rollout, where, "lanes", "max_prompt_tokens", "max_response_tokens", "max_repetitions")
+    _at_least(0, rollout, where, "max_probes", "budget_margin")
+    _positive(rollout, where, "temperature")
+    _share(rollout, where, "top_p", "think_ratio")
+    _fraction(rollout, where, "delta")
+    _choice(rollout, where, "exit", ("confidence", "none"))
+    # The first token of a tentative answer is not counted, so one alone could never be confident.
+    _at_least(2, rollout, where, "max_probe_tokens")
+    words = rollout.triggers
+    ok = bool(words) and all(isinstance(word, str) and word.strip() for word in words)
+    _require(ok, f"{where}.triggers", words, "a tuple of words, such as ('Wait',)")
+    _require(bool(rollout.inducing_prompt), f"{where}.inducing_prompt", "", "the text that asks for it")
+
+
+def _check_reward(reward: ConfigDict) -> None:
+    where = "config.reward"
+    _choice(reward, where, "name", ("step_aware", "accuracy", "length_penalty"))
+    _choice(reward, where, "baseline", ("correct", "all"))
+    _fraction(reward, where, "alpha", "beta")
+    _at_least(0, reward, where, "length_penalty")
+    _at_least(1, reward, where, "grading_workers")
+    _positive(reward, where, "grading_deadline")
+
+
+def _check_grpo(config: ConfigDict) -> None:
+    grpo, where = config.grpo, "config.grpo"
+    _at_least(1, grpo, where, "prompts_per_update", "row_length", "rows", "logprob_chunk")
+    divides = config.prompts_per_step % grpo.prompts_per_update == 0
+    right = f"a divisor of config.prompts_per_step, {config.prompts_per_step}"
+    _require(divides, f"{where}.prompts_per_update", grpo.prompts_per_update, right)
+    _positive(grpo, where, "learning_rate", "grad_clip", "clip_low", "clip_high")
+    for field in ("b1", "b2"):
+        _require(0 <= grpo[field] < 1, f"{where}.{field}", grpo[field], "at least 0 and below 1")
+    _require(grpo.clip_low < 1, f"{where}.clip_low", grpo.clip_low, "below 1, for the ratio to stay positive")
+    _require(1 < grpo.dual_clip < math.inf, f"{where}.dual_clip", grpo.dual_clip, "a number above 1")
+    _at_least(0, grpo, where, "weight_decay", "kl_coef")
+    _choice(grpo, where, "old_logprobs", ("trainer", "sampler"))
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    right = f"at least {longest}, config.rollout.max_prompt_tokens + max_response_tokens"
+    _require(grpo.row_length >= longest, f"{where}.row_length", grpo.row_length, right)
+
+
+def _check_eval(evaluation: ConfigDict) -> None:
+    where = "config.eval"
+    _at_least(0, evaluation, where, "questions", "temperature")  # temperature 0 is greedy
+    _at_least(1, evaluation, where, "max_response_tokens")
+    _share(evaluation, where, "top_p")
+
+
+def sft_config() -> ConfigDict:
+    """Supervised fine-tuning on the arithmetic corpus (`step_grpo.sft`)."""
     config = ConfigDict()
     config.seed = 0
-    config.steps = 100  # rollout batches
-    config.prompts_per_step = 512
-    config.save_every = 10  # steps between checkpoints
-    config.keep_checkpoints = 3
+    config.steps = 1000
+    config.rows = 16  # packed rows a step
+    config.row_length = 320  # tokens a row
+    config.learning_rate = 1e-3
+    config.warmup_steps = 100
+    config.b1 = 0.9
+    config.b2 = 0.98
+    config.weight_decay = 1e-2
+    config.grad_clip = 1.0
+    config.dtype = "float32"
+    config.log_every = 20
     config.export_dtype = "bfloat16"
-
-    config.model = ConfigDict()
-    config.model.checkpoint = "Qwen/Qwen3-8B"  # folder, Hub name, or `builtin:tiny`; empty: random weights
-    config.model.tokenizer = ""  # folder or Hub name; empty: the checkpoint's own
-    config.model.architecture = ConfigDict()  # fields of a HF config.json, for random weights only
-    config.model.dtype = "bfloat16"  # of the compute; master weights are float32
-
-    config.data = data_config(
-        name="BytedTsinghua-SIA/DAPO-Math-17k",
-        prompt_column="prompt.0.content",
-        answer_column="reward_model.ground_truth",
-    )
-
-    config.rollout = ConfigDict()
-    config.rollout.samples = 5  # G, completions a prompt
-    config.rollout.lanes = 64
-    config.rollout.max_prompt_tokens = 2048
-    config.rollout.max_response_tokens = 16384
-    config.rollout.temperature = 1.0
-    config.rollout.top_p = 1.0
-    config.rollout.exit = "confidence"  # or `none`: plain sampling
-    config.rollout.delta = 0.95
-    config.rollout.strict = True
-    config.rollout.triggers = ("Wait",)
-    config.rollout.inducing_prompt = "\n**Final Answer**\n\\boxed"
-    config.rollout.think_ratio = 0.9
-    config.rollout.max_probes = 10
-    config.rollout.max_probe_tokens = 20
-    config.rollout.budget_margin = 50  # a probe this close to the thinking budget ends the thinking
-    config.rollout.max_repetitions = 3
-
-    config.reward = ConfigDict()
-    config.reward.name = "step_aware"  # or `accuracy`, `length_penalty`
-    config.reward.alpha = 0.9
-    config.reward.beta = 0.5
-    config.reward.baseline = "correct"  # or `all`
-    config.reward.length_penalty = 0.5
-    config.reward.grading_workers = 2
-    config.reward.grading_deadline = 5.0  # seconds an answer
-
-    config.grpo = ConfigDict()
-    config.grpo.prompts_per_update = 128
-    config.grpo.learning_rate = 1e-6
-    config.grpo.b1 = 0.9
-    config.grpo.b2 = 0.999
-    config.grpo.weight_decay = 1e-2
-    config.grpo.grad_clip = 1.0
-    config.grpo.clip_low = 0.2
-    config.grpo.clip_high = 0.3
-    config.grpo.dual_clip = 3.0
-    config.grpo.kl_coef = 1e-2
-    config.grpo.old_logprobs = "trainer"  # or `sampler`
-    config.grpo.train_forced_tokens = True
-    config.grpo.row_length = 18432  # tokens a packed row
-    config.grpo.rows = 1  # packed rows a micro-batch
-    config.grpo.logprob_chunk = 1024  # tokens whose logits exist at one time
-
-    config.eval = ConfigDict()
-    config.eval.data = data_config(name="HuggingFaceH4/MATH-500", split="test")
-    config.eval.questions = 500  # the first so many of the split; 0: all
-    config.eval.temperature = 0.6
-    config.eval.top_p = 0.95
-    config.eval.max_response_tokens = 16384
+    config.architecture = ConfigDict()
+    config.instruction = data_config().instruction
     return config.lock()

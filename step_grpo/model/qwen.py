@@ -222,14 +222,8 @@ def forward(
     return rms_norm(x_BTD, params["final_norm_D"].astype(dtype), cfg.rms_eps)
 
 
-def prefill(
-    params: Params, cfg: QwenConfig, tokens_BT: jax.Array, lengths_B: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """Runs prompts, padded on the right to `T`, and keeps their keys and values.
-
-    Returns:
-        The hidden state after each prompt's last token `[B, D]`, and a cache `[B, K, T, H]` a layer.
-    """
+def prefill(params: Params, cfg: QwenConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> Cache:
+    """Runs prompts of `lengths_B` tokens, padded on the right to `T`; returns a cache `[B, K, T, H]` a layer."""
     B, T = tokens_BT.shape
     at_T = jnp.arange(T)
     mask_BTS = (at_T[:, None] >= at_T[None, :]) & (at_T < lengths_B[:, None])[:, None, :]
@@ -244,8 +238,7 @@ def prefill(
     for weights in params["layers"]:
         x_BTD, kv = layer(cfg, weights, x_BTD, rope, keep)
         cache.append(kv)
-    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return rms_norm(last_BD, params["final_norm_D"], cfg.rms_eps), tuple(cache)
+    return tuple(cache)
 
 
 def decode(

@@ -132,7 +132,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         config=config,
         hf_config=hf_config,
         generation=generation,
-        eos_ids=_eos_ids(generation, hf_config),
+        eos_ids=eos_ids_of(generation, hf_config),
         folder=folder,
         dtype=_check_tensors(files, config),
         files=files,
@@ -377,7 +377,7 @@ def _open(path: Path) -> Any:
         ) from None
 
 
-def _eos_ids(generation: dict[str, Any], hf_config: dict[str, Any]) -> tuple[int, ...]:
+def eos_ids_of(generation: dict[str, Any], hf_config: dict[str, Any]) -> tuple[int, ...]:
     """The end-of-text ids of both files, in order, each once."""
     found: list[int] = []
     for file, fields in (("generation_config.json", generation), ("config.json", hf_config)):

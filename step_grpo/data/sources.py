@@ -1,0 +1,424 @@
+"""Questions with reference answers, from wherever they are: Hub, TFDS, jsonl, parquet, built-in arithmetic.
+
+`load_questions` reads a source into memory once; `Questions.take` then walks it in an order that is a pure
+function of a seed and a cursor, so a resumed run needs the cursor and nothing else.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from absl import logging
+from ml_collections import ConfigDict
+
+from step_grpo import hub
+from step_grpo.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One problem; `id` names its place in the source and stays the same whatever other rows are dropped."""
+
+    id: str
+    question: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """The usable rows of a source, in its own order, and the number of rows that were not usable."""
+
+    items: tuple[Question, ...]
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Question:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Question]:
+        return iter(self.items)
+
+    def take(self, cursor: int, n: int, seed: int) -> tuple[list[Question], int]:
+        """The next `n` questions and the cursor behind them.
+
+        The cursor counts questions since the start of training. Each epoch is a permutation of its own, and
+        a batch may straddle epochs; every epoch holds each question exactly once.
+        """
+        picked: list[Question] = []
+        position, end = cursor, cursor + n
+        while position < end:
+            epoch, start = divmod(position, len(self.items))
+            order = epoch_order(len(self.items), seed, epoch)[start : start + end - position]
+            picked += [self.items[i] for i in order]
+            position += len(order)
+        return picked, end
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of `range(size)` that belongs to an epoch, `[size]`.
+
+    Sorting raw Philox words: NumPy promises that stream for good, but not `Generator.permutation`.
+    """
+    words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(size)
+    return np.argsort(words, kind="stable")
+
+
+def load_questions(config: ConfigDict, *, where: str = "config.data") -> Questions:
+    """Reads the source that a `data_config` describes.
+
+    Args:
+        config: the fields of `step_grpo.config.data_config`.
+        where: the path of that config, for messages.
+
+    Raises:
+        UserError: an unknown source, name, split or column, an unreadable file, a bad row (unless
+            `bad_rows` is `drop`), or no usable row at all.
+    """
+    if config.source not in _READERS:
+        raise UserError(f"{where}.source is {config.source!r}; it must be one of {', '.join(_READERS)}")
+    if config.bad_rows not in ("error", "drop"):
+        raise UserError(f"{where}.bad_rows is {config.bad_rows!r}; it must be 'error' or 'drop'")
+    if not config.name and config.source != "arithmetic":
+        raise UserError(f"{where}.name is empty; name the dataset or the file to read")
+    return _questions(_READERS[config.source](config, where), config, where)
+
+
+# ---------------------------------------------------------------- rows to questions
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """The rows of a source: `label` and `unit` say in messages which row is meant, `key` starts the ids."""
+
+    label: str
+    key: str
+    unit: str
+    rows: Iterable[tuple[int, Mapping[str, Any]]]
+
+
+class _BadRowError(Exception):
+    """What is wrong with one row; becomes a `UserError` or a count."""
+
+
+def _questions(table: _Table, config: ConfigDict, where: str) -> Questions:
+    good: list[tuple[int, str, str]] = []
+    problems: list[str] = []
+
+    def bad(number: int, field: str, problem: str) -> None:
+        message = f"{where}.{field}: {table.label}, {table.unit} {number}: {problem}"
+        if config.bad_rows == "error":
+            raise UserError(f"{message}; mend it, or set {where}.bad_rows=drop")
+        problems.append(message)
+
+    for number, row in table.rows:
+        field = "prompt_column"
+        try:
+            question = _text(_column(row, config.prompt_column), config.prompt_column)
+            field = "answer_column"
+            answer = _answer_text(_column(row, config.answer_column), config.answer_column)
+        except _BadRowError as problem:
+            bad(number, field, str(problem))
+        else:
+            good.append((number, question, answer))
+
+    questions = []
+    answers = _extract([answer for _, _, answer in good], config.answer_pattern, where)
+    for (number, question, _), answer in zip(good, answers, strict=True):
+        if answer:
+            questions.append(Question(f"{table.key}:{number}", question, answer))
+        else:
+            bad(number, "answer_pattern", f"{config.answer_pattern!r} finds no answer")
+    if not questions:
+        why = f"all {len(problems)} rows are bad, first {problems[0]}" if problems else "it has no rows"
+        raise UserError(f"{where}.name: {table.label} gives no question: {why}")
+    return Questions(tuple(questions), len(problems))
+
+
+def _column(row: Mapping[str, Any], path: str) -> Any:
+    """The value under a dotted path of column names and list indices."""
+    value: Any = row
+    for depth, part in enumerate(path.split(".")):
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if isinstance(value, Mapping):
+            if part not in value:
+                parent = "".join(f"{name}." for name in path.split(".")[:depth])
+                raise _BadRowError(_missing(parent + part, [parent + str(name) for name in value]))
+            value = value[part]
+        elif isinstance(value, list | tuple):
+            if not part.isdecimal() or int(part) >= len(value):
+                raise _BadRowError(f"column {path!r}: {part!r} is not an index of a list of {len(value)}")
+            value = value[int(part)]
+        else:
+            raise _BadRowError(f"column {path!r}: nothing can be inside {_kind(value)}, at {part!r}")
+    return value
+
+
+def _missing(name: str, present: list[str]) -> str:
+    near = difflib.get_close_matches(name, present, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"no column {name!r}{hint}; it has {', '.join(sorted(present)) or 'none'}"
+
+
+def _text(value: Any, column: str) -> str:
+    """A non-empty, trimmed text."""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise _BadRowError(f"column {column!r} is not UTF-8") from None
+    if not isinstance(value, str):
+        raise _BadRowError(f"column {column!r} is {_kind(value)}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+        raise _BadRowError(f"column {column!r} has an unpaired surrogate, which no tokenizer takes") from None
+    text = value.strip()
+    if not text:
+        raise _BadRowError(f"column {column!r} is empty")
+    return text
+
+
+def _answer_text(value: Any, column: str) -> str:
+    """A text from what benchmarks hold as answers: texts, numbers, and lists of just one of these."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        if len(value) != 1:
+            raise _BadRowError(f"column {column!r} is a list of {len(value)} answers; only one is supported")
+        value = value[0]
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _text(value, column)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    return f"the number {value}" if isinstance(value, float) else f"a {type(value).__name__}"
+
+
+def _extract(answers: list[str], pattern: str, where: str) -> list[str]:
+    """The first group of `pattern` in each answer, trimmed; empty where there is none.
+
+    Arrow's regular expressions are RE2's: linear time whatever the pattern and the text.
+    """
+    if not pattern:
+        return answers
+    column = pa.array(answers, pa.large_string())
+    try:
+        found = pc.match_substring_regex(column, pattern).to_pylist()
+        whole = f"(?s:^.*?)(?:{pattern})(?s:.*$)"
+        group = pc.replace_substring_regex(column, whole, r"\1", max_replacements=1).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"{where}.answer_pattern is {pattern!r}, not a pattern with a group (RE2 syntax): {_line(error)}"
+        ) from None
+    return [text.strip() if ok else "" for ok, text in zip(found, group, strict=True)]
+
+
+# ---------------------------------------------------------------- sources to rows
+
+
+def _read_jsonl(config: ConfigDict, where: str) -> _Table:
+    path = _existing(config.name, where)
+    if path.is_dir():
+        raise UserError(f"{where}.name: {path} is a folder; name one .jsonl file")
+
+    def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _json_object(line, f"{where}.name: {path}, line {number}")
+
+    return _Table(str(path), path.name, "line", rows())
+
+
+def _json_object(line: bytes, place: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not JSON ({_line(error)}); each line must be one JSON object") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place} is JSON but a {type(row).__name__}; each line must be one JSON object")
+    return row
+
+
+def _read_parquet(config: ConfigDict, where: str) -> _Table:
+    path = _existing(config.name, where)
+    try:
+        names = pq.ParquetDataset(path).schema.names
+        table = pq.read_table(path, columns=_roots(config, names))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{where}.name: {path} is not readable as parquet: {_line(error)}") from None
+    return _Table(str(path), path.name, "row", _arrow_rows(table))
+
+
+def _arrow_rows(table: pa.Table) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    number = 0
+    for batch in table.to_batches(max_chunksize=1024):
+        for row in batch.to_pylist():
+            yield number, row
+            number += 1
+
+
+def _roots(config: ConfigDict, names: list[str]) -> list[str]:
+    """The columns to read; all of them where one is missing, for the message that lists them."""
+    roots = {column.partition(".")[0] for column in (config.prompt_column, config.answer_column)}
+    return sorted(roots) if roots <= set(names) else list(names)
+
+
+def _read_hf(config: ConfigDict, where: str) -> _Table:
+    import datasets  # noqa: PLC0415 (a second of import)
+
+    local = Path(config.name).expanduser()
+    if not local.exists():
+        if hub.looks_like_path(config.name):
+            _existing(config.name, where)
+        datasets.config.HF_HUB_OFFLINE = hub.offline()
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said once, below
+    if local.exists():
+        datasets.disable_progress_bars()
+    try:
+        dataset = _load_local(datasets, local, config) if local.exists() else _load_named(datasets, config)
+        dataset = dataset.select_columns(_roots(config, dataset.column_names))
+    except Exception as error:  # any failure to read is the dataset's, and comes in many types
+        _refuse_hf(error, config, where)
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
+    key = local.name if local.exists() else config.name
+    label = f"{config.name}, split {config.split}"
+    return _Table(label, f"{key}/{config.split}", "row", enumerate(dataset))
+
+
+def _load_named(datasets: Any, config: ConfigDict) -> Any:
+    return datasets.load_dataset(config.name, config.subset or None, split=config.split)
+
+
+def _load_local(datasets: Any, path: Path, config: ConfigDict) -> Any:
+    if path.is_file():
+        kind = {".jsonl": "json", ".arrow": "arrow", ".tsv": "csv"}.get(path.suffix, path.suffix[1:])
+        if kind not in ("json", "parquet", "csv", "arrow"):
+            raise ValueError(f"a file of type {path.suffix!r} is neither json, jsonl, parquet, csv nor arrow")
+        files = {config.split.partition("[")[0]: str(path)}
+        return datasets.load_dataset(kind, data_files=files, split=config.split)
+    if (path / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(str(path))
+        if config.split not in saved:
+            raise ValueError(f"Unknown split {config.split!r}. Should be one of {sorted(saved)}")
+        return saved[config.split]
+    if (path / "state.json").exists():
+        return datasets.load_from_disk(str(path))
+    return datasets.load_dataset(str(path), config.subset or None, split=config.split)
+
+
+def _refuse_hf(error: Exception, config: ConfigDict, where: str) -> NoReturn:
+    text = _line(error)
+    if isinstance(error, ConnectionError):
+        raise UserError(
+            f"{where}.name: {config.name!r} is no local file or folder, not in the cache, and the Hugging "
+            "Face Hub cannot be reached; check the name and the network, or name a local copy"
+        ) from error
+    if "split" in text:
+        raise UserError(f"{where}.split is {config.split!r}: {text}") from error
+    if "BuilderConfig" in text or "Config name" in text:
+        raise UserError(f"{where}.subset is {config.subset!r}: {text}") from error
+    raise UserError(
+        f"{where}.name: cannot load {config.name!r} ({type(error).__name__}: {text}); "
+        "name a dataset of the Hugging Face Hub, a data file or a folder"
+    ) from error
+
+
+def _read_tfds(config: ConfigDict, where: str) -> _Table:
+    import tensorflow_datasets as tfds  # noqa: PLC0415 (half a second of import; needs no TensorFlow)
+
+    local = Path(config.name).expanduser()
+    if hub.looks_like_path(config.name):
+        local = _existing(config.name, where)
+    name = f"{config.name}/{config.subset}" if config.subset else config.name
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # a warning for each folder that is not there yet
+    try:
+        builder = tfds.builder_from_directory(str(local)) if local.is_dir() else _prepared(tfds, name, where)
+        source = builder.as_data_source(split=config.split)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(
+            f"{where}.name: preparing the TFDS dataset {name!r} needs the package {error.name!r}; install "
+            "it, or prepare the dataset elsewhere and point TFDS_DATA_DIR to it"
+        ) from error
+    except Exception as error:  # any failure to read is the dataset's, and comes in many types
+        text = _line(error)
+        field = "split" if "split" in text else "name"
+        raise UserError(f"{where}.{field}: cannot load the TFDS dataset {name!r}: {text}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    rows = ((number, source[number]) for number in range(len(source)))
+    return _Table(f"{name}, split {config.split}", f"{builder.info.full_name}/{config.split}", "row", rows)
+
+
+def _prepared(tfds: Any, name: str, where: str) -> Any:
+    """The builder of a dataset whose files are on disk, downloaded if they must be."""
+    try:
+        builder = tfds.builder(name, file_format="array_record")  # the format that reads rows by number
+    except tfds.core.DatasetNotFoundError:
+        near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{where}.name: TFDS has no dataset {name!r}{hint}") from None
+    if not builder.is_prepared():
+        if hub.offline():
+            raise UserError(
+                f"{where}.name: the TFDS dataset {name!r} is not in {builder.data_path.parent}, and there is "
+                "no network to download it; prepare it elsewhere and point TFDS_DATA_DIR to it"
+            )
+        builder.download_and_prepare()
+    return builder
+
+
+def _read_arithmetic(config: ConfigDict, where: str) -> _Table:
+    from step_grpo.data import arithmetic  # noqa: PLC0415 (other sources do without it)
+
+    if config.count < 1:
+        raise UserError(f"{where}.count is {config.count}; it must be at least 1, the problems to generate")
+    problems = arithmetic.problems(config.split, config.count, seed=0)
+    rows = enumerate({"problem": problem, "answer": answer} for problem, answer in problems)
+    return _Table(f"arithmetic, split {config.split}", f"arithmetic/{config.split}", "row", rows)
+
+
+def _existing(name: str, where: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(f"{where}.name: no such file or folder: {name}")
+    return path
+
+
+def _line(error: BaseException) -> str:
+    """The first line of what an exception says, or else its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+_READERS = {
+    "hf": _read_hf,
+    "tfds": _read_tfds,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "arithmetic": _read_arithmetic,
+}

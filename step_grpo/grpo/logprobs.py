@@ -1,0 +1,221 @@
+"""Log-probs of given tokens from hidden states, without ever holding the logits of all tokens.
+
+For 4 x 16,384 tokens and a vocabulary of 151,936 the logits alone are 40 GB, and as much again in the
+backward pass. Here one tile of `chunk` tokens by `vocab_chunk` entries lives at a time, forward and backward.
+Tokens *and* vocabulary are cut, because each cut alone has a price:
+
+- tokens only: every chunk reads and writes the whole f32 gradient of the head, [D, V]; chunks small enough to
+  bound [chunk, V] make that, not the matrix product, the cost (and, over several devices, one reduction of
+  the whole head a chunk).
+- vocabulary only: the gradient of the hidden states, [B, T, D], has to be accumulated in f32 beside its bf16
+  result, more than the tile itself.
+
+With tiles of 4096 x 4096 both accumulators are touched once in 4096 rows or columns, the products are compute
+bound and the tile is 64 MiB whatever D, V and T. Tokens are cut along T only, so rows that are sharded over
+devices stay where they are.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Stands for the logit of a column that is not to count. Finite, so that 0 times it is 0.
+_NEVER = -1e30
+
+_Arrays = tuple[jax.Array, ...]
+
+
+class TokenLogprobs(NamedTuple):
+    """Per-token figures, both f32 [B, T], in nats."""
+
+    logprobs: jax.Array
+    entropy: jax.Array
+
+
+class _Tiling(NamedTuple):
+    """Static: the size of a tile, the layout of the head, and by what the logits are divided."""
+
+    width: int  # positions of every row
+    vocab: int
+    vocab_axis: int
+    temperature: float
+
+    @property
+    def head_axes(self) -> str:
+        """The axes of the head as einsum writes them."""
+        return "vd" if self.vocab_axis == 0 else "dv"
+
+
+class _Tile(NamedTuple):
+    """Logits of some tokens over some of the vocabulary, and what made them."""
+
+    logits: jax.Array  # f32 [B, width, vocab], over temperature; _NEVER where an earlier tile had the column
+    is_target: jax.Array  # bool [B, width, vocab]
+    head: jax.Array  # [D, vocab] or [vocab, D], in the type of the hidden states
+    start: jax.Array  # first column
+
+
+def token_logprobs(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 4096,
+    vocab_chunk: int = 4096,
+    vocab_axis: int = 1,
+) -> TokenLogprobs:
+    """Log-prob of each target, and the entropy, under `softmax(hidden @ head / temperature)`.
+
+    Differentiable in `hidden` and `head`, through both results. Products run in the type of `hidden`;
+    logits, softmax and the accumulated gradients are f32. Pass the head as the f32 master weight: it is cast
+    tile by tile, and its gradient is accumulated in f32.
+
+    Args:
+        hidden: [B, T, D].
+        head: [D, V].
+        targets: int [B, T], each in [0, V).
+        temperature: above 0; a Python number.
+        chunk: tokens (over all B rows) in a tile; at least one position of every row is taken.
+        vocab_chunk: vocabulary entries in a tile. The vocabulary axis is sliced: shard the head along D.
+        vocab_axis: 1 for a head [D, V]; 0 for [V, D], such as a tied embedding (a transpose is a copy).
+
+    Returns:
+        TokenLogprobs, f32 [B, T] each.
+    """
+    rows, length, _ = hidden.shape
+    tiling = _Tiling(
+        width=min(length, max(1, chunk // rows)),
+        vocab=min(head.shape[vocab_axis], vocab_chunk),
+        vocab_axis=vocab_axis,
+        temperature=temperature,
+    )
+    return _tiled(hidden, head, targets, tiling)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _tiled(hidden: jax.Array, head: jax.Array, targets: jax.Array, tiling: _Tiling) -> TokenLogprobs:
+    return _forward(hidden, head, targets, tiling)[0]
+
+
+def _forward(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, tiling: _Tiling
+) -> tuple[TokenLogprobs, _Arrays]:
+    """The result and what the backward pass needs: its inputs and two numbers a token."""
+
+    def block(index, out):
+        (h, t), start, _ = _cut((hidden, targets), index, tiling.width)
+
+        def absorb(column, stats):
+            return _absorb(stats, _tile(h, head, t, column, tiling))
+
+        zeros = jnp.zeros(t.shape, jnp.float32)
+        top, total, weighted, target = lax.fori_loop(
+            0,
+            _count(head.shape[tiling.vocab_axis], tiling.vocab),
+            absorb,
+            (zeros + _NEVER, zeros, zeros, zeros),
+        )
+        log_z = top + jnp.log(total)
+        return _put(out, (target - log_z, jnp.log(total) - weighted / total, log_z), start)
+
+    empty = jnp.zeros(targets.shape, jnp.float32)
+    out = lax.fori_loop(0, _count(targets.shape[1], tiling.width), block, (empty, empty, empty))
+    logprobs, entropy, log_z = out
+    return TokenLogprobs(logprobs, entropy), (hidden, head, targets, entropy, log_z)
+
+
+def _absorb(stats: _Arrays, tile: _Tile) -> _Arrays:
+    """Add a tile to the running maximum m, sum of e^(x-m), sum of (x-m)e^(x-m) and logit of the target."""
+    top, total, weighted, target = stats
+    new_top = jnp.maximum(top, tile.logits.max(-1))
+    shift = top - new_top
+    scale = jnp.exp(shift)
+    relative = tile.logits - new_top[..., None]
+    weight = jnp.exp(relative)
+    return (
+        new_top,
+        total * scale + weight.sum(-1),
+        (weighted + total * shift) * scale + (weight * relative).sum(-1),
+        target + jnp.where(tile.is_target, tile.logits, 0.0).sum(-1),
+    )
+
+
+def _backward(
+    tiling: _Tiling, residuals: _Arrays, cotangents: TokenLogprobs
+) -> tuple[jax.Array, jax.Array, None]:
+    """Gradients of hidden and head, the tiles computed anew.
+
+    With p the softmax and H its entropy, d logprob / d logits = onehot - p, d H / d logits = -p (log p + H).
+    """
+    hidden, head, targets, entropy, log_z = residuals
+    tokens = (hidden, targets, entropy, log_z, cotangents.logprobs, cotangents.entropy)
+
+    def block(index, grads):
+        (h, t, ent, lz, ct_logprob, ct_entropy), start, fresh = _cut(tokens, index, tiling.width)
+        ct_logprob = jnp.where(fresh, ct_logprob, 0.0)[..., None]
+        ct_entropy = jnp.where(fresh, ct_entropy, 0.0)[..., None]
+
+        def column_block(column, grads):
+            d_h, d_head = grads
+            tile = _tile(h, head, t, column, tiling)
+            log_p = tile.logits - lz[..., None]
+            p = jnp.exp(log_p)
+            d_logits = ct_logprob * (tile.is_target - p) - ct_entropy * p * (log_p + ent[..., None])
+            d_logits = (d_logits / tiling.temperature).astype(h.dtype)
+            d_h += _product(f"btv,{tiling.head_axes}->btd", d_logits, tile.head)
+            d_tile = _product(f"btd,btv->{tiling.head_axes}", h, d_logits)
+            d_tile += lax.dynamic_slice_in_dim(d_head, tile.start, tiling.vocab, tiling.vocab_axis)
+            return d_h, lax.dynamic_update_slice_in_dim(d_head, d_tile, tile.start, tiling.vocab_axis)
+
+        d_hidden, d_head = grads
+        columns = _count(head.shape[tiling.vocab_axis], tiling.vocab)
+        d_h, d_head = lax.fori_loop(0, columns, column_block, (jnp.zeros(h.shape, jnp.float32), d_head))
+        d_h += lax.dynamic_slice_in_dim(d_hidden, start, tiling.width, axis=1)
+        return _put((d_hidden,), (d_h.astype(h.dtype),), start)[0], d_head
+
+    grads = (jnp.zeros(hidden.shape, hidden.dtype), jnp.zeros(head.shape, jnp.float32))
+    d_hidden, d_head = lax.fori_loop(0, _count(targets.shape[1], tiling.width), block, grads)
+    return d_hidden, d_head.astype(head.dtype), None
+
+
+_tiled.defvjp(_forward, _backward)
+
+
+def _tile(h: jax.Array, head: jax.Array, targets: jax.Array, column: jax.Array, tiling: _Tiling) -> _Tile:
+    """Tile number `column` of the tokens `h` [B, width, D]."""
+    start = jnp.minimum(column * tiling.vocab, head.shape[tiling.vocab_axis] - tiling.vocab)
+    ids = start + jnp.arange(tiling.vocab)
+    head = lax.dynamic_slice_in_dim(head, start, tiling.vocab, tiling.vocab_axis).astype(h.dtype)
+    logits = _product(f"btd,{tiling.head_axes}->btv", h, head) / tiling.temperature
+    fresh = ids >= column * tiling.vocab
+    return _Tile(jnp.where(fresh, logits, _NEVER), fresh & (ids == targets[..., None]), head, start)
+
+
+def _product(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
+
+
+def _count(length: int, size: int) -> int:
+    return -(-length // size)
+
+
+def _cut(arrays: _Arrays, index: jax.Array, size: int) -> tuple[_Arrays, jax.Array, jax.Array]:
+    """Chunk `index` of arrays [B, T, ...] along T, its start, and which positions are new: bool [size].
+
+    The last chunk is moved back to end with the arrays, so that no padded copy is made; the positions that it
+    shares with the chunk before it are not new.
+    """
+    start = jnp.minimum(index * size, arrays[0].shape[1] - size)
+    chunk = tuple(lax.dynamic_slice_in_dim(array, start, size, axis=1) for array in arrays)
+    return chunk, start, start + jnp.arange(size) >= index * size
+
+
+def _put(arrays: _Arrays, chunks: _Arrays, start: jax.Array) -> _Arrays:
+    """Write chunks back where `_cut` found them."""
+    return tuple(
+        lax.dynamic_update_slice_in_dim(a, c, start, axis=1) for a, c in zip(arrays, chunks, strict=True)
+    )

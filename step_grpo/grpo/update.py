@@ -1,0 +1,208 @@
+"""The update: gradients of micro-batches summed, divided once by the global token count, one AdamW step.
+
+Knows a model only as two functions: tokens to hidden states, and params to the output head.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from step_grpo.grpo.logprobs import TokenLogprobs, token_logprobs
+from step_grpo.grpo.loss import LossSums, grpo_loss_sums
+from step_grpo.grpo.packing import PackedBatch
+from step_grpo.grpo.settings import GrpoSettings
+
+Params = Any  # a pytree of f32 arrays
+HiddenFn = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
+HeadFn = Callable[[Params], jax.Array]
+
+
+class TrainBatch(NamedTuple):
+    """A packed batch with the two policies that the loss compares with, f32 [rows, T] each."""
+
+    packed: PackedBatch
+    old_logprobs: jax.Array
+    ref_logprobs: jax.Array
+
+
+class TrainState(NamedTuple):
+    """What an update changes: updates made (int32 scalar), f32 params, and the optimizer's state."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+class Measurements(NamedTuple):
+    """Of one update, f32 scalars: token means (see LossSums), norms, and the number of trained tokens.
+
+    `grad_norm` is taken before clipping; `update_norm` is that of the change of the params.
+    """
+
+    loss: jax.Array
+    policy_loss: jax.Array
+    kl: jax.Array
+    entropy: jax.Array
+    clipped_low: jax.Array
+    clipped_high: jax.Array
+    dual_clipped: jax.Array
+    policy_gap: jax.Array
+    sampler_gap: jax.Array
+    sampler_gap_rms: jax.Array
+    grad_norm: jax.Array
+    update_norm: jax.Array
+    tokens: jax.Array
+
+
+class Update(NamedTuple):
+    """Jitted pure functions of one training run; each compiles once for one shape of batch.
+
+    Attributes:
+        init: params -> TrainState at step 0, which holds these very buffers. `apply` gives them away: keep a
+            copy of what must outlive it, such as the params of the reference.
+        start: params -> (grads, sums), all zero, to accumulate into.
+        logprobs: (params, packed batch) -> TokenLogprobs of its targets; also for the reference's params.
+        accumulate: (params, grads, sums, batch) -> (grads, sums) with the sums of one micro-batch added;
+            `grads` and `sums` are donated.
+        apply: (state, grads, sums) -> (state, measurements); `state` is donated. With no trained token the
+            state comes back as it was.
+    """
+
+    init: Callable[[Params], TrainState]
+    start: Callable[[Params], tuple[Params, LossSums]]
+    logprobs: Callable[[Params, PackedBatch], TokenLogprobs]
+    accumulate: Callable[[Params, Params, LossSums, TrainBatch], tuple[Params, LossSums]]
+    apply: Callable[[TrainState, Params, LossSums], tuple[TrainState, Measurements]]
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule = 1e-6,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 1e-2,
+    grad_clip: float = 1.0,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW with decoupled decay on every parameter, as `torch.optim.AdamW` has it.
+
+    Args:
+        learning_rate: a number, or a function of the update's number.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        weight_decay: each update takes `learning_rate * weight_decay` of a parameter away.
+        grad_clip: largest global norm of the gradient.
+        eps: added to the root of the second moment.
+
+    Returns:
+        The transformation; its moments have the type of the params.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(grad_clip),
+        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    )
+
+
+def make_update(
+    hidden_fn: HiddenFn,
+    head_fn: HeadFn,
+    settings: GrpoSettings,
+    optimizer: optax.GradientTransformation,
+    *,
+    vocab_axis: int = 1,
+) -> Update:
+    """Build the functions of the update. Call once a run: what it returns holds the compiled programs.
+
+    Args:
+        hidden_fn: (params, tokens, positions, segment_ids) -> hidden states [B, T, D] in the compute type.
+        head_fn: params -> the output head, best the f32 master weight (see `token_logprobs`).
+        settings: of the loss.
+        optimizer: such as `adamw()`.
+        vocab_axis: 1 where the head is [D, V], 0 where it is [V, D] (a tied embedding).
+
+    Returns:
+        Update.
+    """
+
+    def logprobs(params: Params, packed: PackedBatch) -> TokenLogprobs:
+        hidden = hidden_fn(params, packed.tokens, packed.positions, packed.segment_ids)
+        return token_logprobs(
+            hidden,
+            head_fn(params),
+            packed.targets,
+            temperature=settings.temperature,
+            chunk=settings.logprob_chunk,
+            vocab_chunk=settings.logprob_vocab_chunk,
+            vocab_axis=vocab_axis,
+        )
+
+    def loss_sum(params: Params, batch: TrainBatch) -> tuple[jax.Array, LossSums]:
+        tokens = logprobs(params, batch.packed)
+        sums = grpo_loss_sums(
+            tokens.logprobs,
+            tokens.entropy,
+            old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            sampler_logprobs=batch.packed.sampler_logprobs,
+            advantages=batch.packed.advantages,
+            mask=batch.packed.mask,
+            settings=settings,
+        )
+        return sums.loss, sums
+
+    def accumulate(
+        params: Params, grads: Params, sums: LossSums, batch: TrainBatch
+    ) -> tuple[Params, LossSums]:
+        more_grads, more_sums = jax.grad(loss_sum, has_aux=True)(params, batch)
+        return jax.tree.map(jnp.add, (grads, sums), (more_grads, more_sums))
+
+    def apply(state: TrainState, grads: Params, sums: LossSums) -> tuple[TrainState, Measurements]:
+        return _apply(optimizer, state, grads, sums)
+
+    def init(params: Params) -> TrainState:
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    return Update(
+        init=jax.jit(init),
+        start=jax.jit(_zeros),
+        logprobs=jax.jit(logprobs),
+        accumulate=jax.jit(accumulate, donate_argnums=(1, 2)),
+        apply=jax.jit(apply, donate_argnums=(0,)),
+    )
+
+
+def _zeros(params: Params) -> tuple[Params, LossSums]:
+    grads = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.float32), params)
+    return grads, LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
+
+
+def _apply(
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Params, sums: LossSums
+) -> tuple[TrainState, Measurements]:
+    """One step along the token mean of the summed gradients, and what there is to say of it."""
+    trained = sums.tokens > 0
+    count = jnp.maximum(sums.tokens, 1.0)
+    grads = jax.tree.map(lambda grad: grad / count, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    changed = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    # Decay and momentum would move the params even without a token to learn from.
+    state = jax.tree.map(lambda new, old: jnp.where(trained, new, old), changed, state)
+    means = LossSums(*(total / count for total in sums))
+    return state, Measurements(
+        loss=means.loss,
+        policy_loss=means.policy_loss,
+        kl=means.kl,
+        entropy=means.entropy,
+        clipped_low=means.clipped_low,
+        clipped_high=means.clipped_high,
+        dual_clipped=means.dual_clipped,
+        policy_gap=means.policy_gap,
+        sampler_gap=means.sampler_gap,
+        sampler_gap_rms=jnp.sqrt(means.sampler_gap_squared),
+        grad_norm=optax.tree.norm(grads),
+        update_norm=jnp.where(trained, optax.tree.norm(updates), 0.0),
+        tokens=sums.tokens,
+    )

@@ -1,0 +1,34 @@
+r"""Finding the final answer: the last closed `\boxed{}` of a completion, in time linear in its length."""
+
+import re
+
+# One alternative per token that matters. An escaped character (`\{`, `\}`, `\\`) neither opens nor closes.
+# The possessive `\s*+` never gives back what it took, so a run of blanks is read once.
+_TOKEN = re.compile(r"(?P<box>\\boxed\s*+\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+
+
+def last_box(text: str) -> str | None:
+    r"""Returns the content of the closed `\boxed{}` that opens last, or None where no box is closed.
+
+    Braces inside are balanced, escaped ones ignored. Of nested boxes the inner one is returned. Stray braces
+    elsewhere in the text and a box cut off at the end do no harm.
+
+    Args:
+        text: Any text, of any length; no recursion and no backtracking.
+
+    Returns:
+        What stands between the braces, blanks included.
+    """
+    openings: list[int | None] = []  # where the content of each open box starts; None for an ordinary brace
+    last: tuple[int, int] | None = None
+    for token in _TOKEN.finditer(text):
+        kind = token.lastgroup
+        if kind == "box":
+            openings.append(token.end())
+        elif kind == "open":
+            openings.append(None)
+        elif kind == "close" and openings:
+            start = openings.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = (start, token.start())
+    return None if last is None else text[slice(*last)]

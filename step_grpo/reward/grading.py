@@ -1,0 +1,243 @@
+r"""Grading: is the last `\boxed{}` of a completion mathematically equal to the reference answer?
+
+Two ways lead to a verdict. Plain integers and identical strings are compared here, at once. Everything else
+is sent to math-verify, inside worker processes that can be killed: a completion is untrusted text, and a few
+characters of LaTeX can ask for more time and memory than there is. A grader that fails says so in
+`Grade.error` and in `Grader.failures`; it never turns silently into a wrong answer.
+"""
+
+import atexit
+import functools
+import os
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from multiprocessing.connection import wait
+from typing import Self
+
+from step_grpo.errors import UserError
+from step_grpo.reward.boxes import last_box
+from step_grpo.reward.grading_process import GradingProcess, Pair, Verdict, WorkerDied
+
+MAX_CHARACTERS = 1000
+MAX_DEPTH = 32
+"""A box or a reference answer that is longer, or whose brackets nest deeper, is never parsed: such a
+completion is wrong, unless the two are identical or both plain integers. The longest answer of GSM8K, MATH,
+AIME and OlympiadBench has 204 characters."""
+
+_FAILED_STARTS = 3
+_INTEGER = re.compile(r"(?P<sign>[+-]?)(?P<digits>[0-9]++|[1-9][0-9]{0,2}(?:,[0-9]{3})++)")
+
+
+@dataclass(frozen=True)
+class Grade:
+    r"""What grading found out about one completion.
+
+    Attributes:
+        correct: The content of the last closed `\boxed{}` equals the reference answer.
+        formatted: There is a closed `\boxed{}`.
+        error: Why grading itself failed (deadline, memory, a worker that died); None where it did not. A
+            grade with an error has `correct=False`, but means "not known".
+    """
+
+    correct: bool
+    formatted: bool
+    error: str | None = None
+
+
+def grade(completion: str, answer: str) -> Grade:
+    r"""Grades one completion with a `Grader` of default settings that the whole process shares.
+
+    Args:
+        completion: The whole completion; its last closed `\boxed{}` holds the answer.
+        answer: The reference answer: `72`, `\frac{3}{4}`, `$x^2$`, `(3, \frac{\pi}{2})`, `\text{east}`, ...
+
+    Returns:
+        The grade, within the default deadline of 5 seconds and about one more.
+    """
+    return _shared_grader(os.getpid()).grade_many([completion], [answer])[0]
+
+
+def exact_verdict(box: str, answer: str) -> bool | None:
+    """Compares identical strings and plain integers; None where only math-verify can tell.
+
+    Blanks and dollar signs around either side do not count. A plain integer may carry a sign, leading zeros
+    and commas between thousands; its digits are compared as text, so its length does not matter.
+    """
+    box, answer = box.strip(" \t\r\n$"), answer.strip(" \t\r\n$")
+    if not box:
+        return False
+    if box == answer:
+        return True
+    left, right = _INTEGER.fullmatch(box), _INTEGER.fullmatch(answer)
+    if left and right:
+        return _canonical(left) == _canonical(right)
+    return None if _readable(box) and _readable(answer) else False
+
+
+def _readable(text: str) -> bool:
+    """Whether a text is short and flat enough for a recursive parser; brackets need not match."""
+    if len(text) > MAX_CHARACTERS:
+        return False
+    steps = (1 if character in "([{" else -1 for character in text if character in "([{}])")
+    return max(accumulate(steps), default=0) <= MAX_DEPTH
+
+
+def _canonical(integer: re.Match[str]) -> tuple[bool, str]:
+    """Returns an integer as (is it negative, its digits without separators and leading zeros)."""
+    digits = integer["digits"].replace(",", "").lstrip("0")
+    return integer["sign"] == "-" and digits != "", digits
+
+
+class Grader:
+    """Grades completions with worker processes that start when first needed and are replaced when they fail.
+
+    Use it as a context manager, or call `close`. Its methods may be called from several threads; one batch
+    is graded at a time. Workers end by themselves when the process that owns them ends, however it ends.
+
+    Attributes:
+        failures: How many grades carried an error so far.
+    """
+
+    def __init__(
+        self, workers: int = 2, deadline: float = 5.0, memory_mib: int = 1024, recycle_after: int = 2000
+    ) -> None:
+        """Sets the limits; starts nothing.
+
+        Args:
+            workers: Number of worker processes, at least 1.
+            deadline: Seconds that math-verify may take for one answer.
+            memory_mib: Address space of one worker in MiB, its imports (about 70 MiB) included, at least 256.
+            recycle_after: A worker is replaced after this many answers, for what sympy's caches hold.
+
+        Raises:
+            UserError: One of these numbers is too small.
+        """
+        for name, value, least in (
+            ("workers", workers, 1),
+            ("memory_mib", memory_mib, 256),
+            ("recycle_after", recycle_after, 1),
+        ):
+            if value < least:
+                raise UserError(f"grading: {name}={value}: must be at least {least}")
+        if not 0 < deadline < float("inf"):
+            raise UserError(f"grading: deadline={deadline}: must be a positive number of seconds")
+        self.failures = 0
+        self._deadline = deadline
+        self._memory_mib = memory_mib
+        self._size = workers
+        self._recycle_after = recycle_after
+        self._processes: list[GradingProcess] = []
+        self._failed_starts = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers. The grader can be used again: it starts new ones."""
+        with self._lock:
+            for process in list(self._processes):
+                self._retire(process)
+
+    def grade_many(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+        """Grades completions against their reference answers, in order.
+
+        Equal pairs of box and answer are graded once. The time is bounded by about `deadline * pairs /
+        workers` and a start of a worker for each one that fails.
+
+        Args:
+            completions: Whole completions.
+            answers: The reference answer of each.
+
+        Returns:
+            One grade for each completion.
+
+        Raises:
+            ValueError: The two sequences differ in length.
+            RuntimeError: No worker can be started, for instance because math-verify is not installed.
+        """
+        if len(completions) != len(answers):
+            raise ValueError(f"{len(completions)} completions, but {len(answers)} answers")
+        boxes = [last_box(completion) for completion in completions]
+        pairs = [(box or "", answer) for box, answer in zip(boxes, answers, strict=True)]
+        exact = {pair: exact_verdict(*pair) for pair in pairs}
+        verdicts: dict[Pair, Verdict] = {pair: (bool(equal), None) for pair, equal in exact.items()}
+        with self._lock:
+            verdicts.update(self._verify(pair for pair, equal in exact.items() if equal is None))
+            grades = [
+                Grade(verdicts[pair][0], box is not None, verdicts[pair][1])
+                for box, pair in zip(boxes, pairs, strict=True)
+            ]
+            self.failures += sum(grade.error is not None for grade in grades)
+        return grades
+
+    def _verify(self, pairs: Iterable[Pair]) -> dict[Pair, Verdict]:
+        """Asks math-verify about every pair; one whose worker fails gets an error and is not tried again."""
+        waiting, verdicts = deque(pairs), dict[Pair, Verdict]()
+        while waiting or any(process.pair for process in self._processes):
+            self._hand_out(waiting)
+            patience = max(0.0, min(process.due for process in self._processes) - time.monotonic())
+            readable = wait([process.replies for process in self._processes], patience)
+            for process in list(self._processes):
+                pair = process.pair
+                verdict = self._hear(process, process.replies in readable)
+                if pair is not None and verdict is not None:
+                    verdicts[pair] = verdict
+        return verdicts
+
+    def _hand_out(self, waiting: deque[Pair]) -> None:
+        """Gives each idle worker a pair, and starts workers while pairs are left and there is room."""
+        for process in [process for process in self._processes if process.idle][: len(waiting)]:
+            try:
+                process.send(waiting[0])
+                waiting.popleft()
+            except OSError:  # it died while it had nothing to do
+                self._retire(process)
+        starting = sum(not process.ready for process in self._processes)
+        for _ in range(min(self._size - len(self._processes), len(waiting) - starting)):
+            self._processes.append(GradingProcess(self._deadline, self._memory_mib))
+
+    def _hear(self, process: GradingProcess, readable: bool) -> Verdict | None:
+        """Takes a worker's reply, its end, or its overstepping of the time; None while it has no verdict."""
+        try:
+            if readable:
+                verdict = process.receive()
+            elif time.monotonic() >= process.due:
+                raise WorkerDied("deadline" if process.ready else "it took too long to start")
+            else:
+                return None
+        except WorkerDied as death:
+            self._retire(process)
+            if not process.ready:
+                self._count_failed_start(str(death))
+            return False, str(death)
+        if process.ready:
+            self._failed_starts = 0
+        if process.spent or process.answers >= self._recycle_after:
+            self._retire(process)
+        return verdict
+
+    def _count_failed_start(self, reason: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts >= _FAILED_STARTS:
+            self._failed_starts = 0
+            raise RuntimeError(f"grading workers do not start: {reason}")
+
+    def _retire(self, process: GradingProcess) -> None:
+        self._processes.remove(process)
+        process.kill()
+
+
+@functools.cache
+def _shared_grader(process_id: int) -> Grader:  # a fork must not talk into its parent's pipes
+    grader = Grader()
+    atexit.register(grader.close)
+    return grader
