@@ -12,7 +12,6 @@ Qwen2 (and so R1-Distill-Qwen) has a bias on queries, keys and values.
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -103,10 +102,10 @@ def _check_sizes(cfg: QwenConfig) -> None:
     for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn"):
         size = getattr(cfg, name)
         if type(size) is not int or size < 1:
-            raise UserError(f"config.json: the {name} of the model is {size!r}; it must be a positive integer")
+            raise UserError(f"config.json: the model's {name} is {size!r}; it must be a positive integer")
     if cfg.heads % cfg.kv_heads:
         raise UserError(
-            f"config.json: num_attention_heads {cfg.heads} is no multiple of num_key_value_heads {cfg.kv_heads}"
+            f"config.json: {cfg.heads} num_attention_heads are no multiple of {cfg.kv_heads} num_key_value_heads"
         )
     if cfg.head_dim % 2:
         raise UserError(f"config.json: head_dim {cfg.head_dim} is odd; rotary embedding needs an even one")
@@ -153,13 +152,7 @@ class Qwen(nnx.Module):
 
 def init_params(cfg: QwenConfig, seed: int) -> Params:
     """Random float32 weights."""
-    return _init(cfg, jax.random.key(seed, impl="rbg"))  # compiles several times faster than threefry
-
-
-@partial(jax.jit, static_argnums=0)
-def _init(cfg: QwenConfig, key: jax.Array) -> Params:
-    """One compiled program for all weights; op by op it takes seconds even for a tiny model."""
-    return nnx.to_pure_dict(nnx.state(Qwen(cfg, nnx.Rngs(params=key)), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(Qwen(cfg, nnx.Rngs(params=seed)), nnx.Param))
 
 
 def abstract_params(cfg: QwenConfig) -> Params:

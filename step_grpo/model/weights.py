@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 import step_grpo
 from step_grpo.errors import UserError
+from step_grpo.hub import offline
 from step_grpo.model.qwen import Params, QwenConfig, abstract_params, config_from_hf, init_params
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,7 +40,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-HUB_TIMEOUT = 10.0  # seconds until an unreachable Hub counts as offline
 
 
 class Rule(NamedTuple):
@@ -290,29 +290,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _snapshot(name: str, field: str) -> Path:
     """Downloads `org/name`, or finds it in the cache."""
-    from huggingface_hub import HfApi, errors, snapshot_download  # noqa: PLC0415
+    from huggingface_hub import errors, snapshot_download  # noqa: PLC0415
 
-    cached_only = False
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
     try:
-        try:
-            # snapshot_download itself sets no time limit, and would wait for minutes on a dead network
-            HfApi().model_info(name, timeout=HUB_TIMEOUT)
-        except errors.HfHubHTTPError as error:
-            if error.response.status_code in (401, 403, 404):
-                raise
-            cached_only = True
-        except Exception:  # offline in one of many ways
-            cached_only = True
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached_only))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline()))
     except errors.GatedRepoError:
         reason = "the Hub wants you to accept its licence and to log in (`hf auth login`)"
     except errors.RepositoryNotFoundError:
         reason = "the Hub has no such model, or it is private (`hf auth login`)"
-    except errors.LocalEntryNotFoundError:
-        reason = "the Hub cannot be reached (offline?), and the cache does not have it"
     except Exception as error:  # one line for the user whatever goes wrong between here and the Hub
-        reason = _one_line(error)
+        unreachable = "the Hub cannot be reached (offline?), and the cache does not have it"
+        reason = unreachable if offline() else _one_line(error)
     raise UserError(
         f"{field}: {name!r} is no folder, and {reason}; give a folder, a Hub name, or builtin:tiny"
     )
