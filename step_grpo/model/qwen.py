@@ -102,12 +102,10 @@ def _check_sizes(cfg: QwenConfig) -> None:
     for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn"):
         size = getattr(cfg, name)
         if type(size) is not int or size < 1:
-            raise UserError(
-                f"config.json: the {name} of the model is {size!r}; it must be a positive integer"
-            )
+            raise UserError(f"config.json: the model's {name} is {size!r}; it must be a positive integer")
     if cfg.heads % cfg.kv_heads:
         raise UserError(
-            f"config.json: num_attention_heads {cfg.heads} is no multiple of num_key_value_heads {cfg.kv_heads}"
+            f"config.json: {cfg.heads} num_attention_heads are no multiple of {cfg.kv_heads} num_key_value_heads"
         )
     if cfg.head_dim % 2:
         raise UserError(f"config.json: head_dim {cfg.head_dim} is odd; rotary embedding needs an even one")
