@@ -184,7 +184,7 @@ def _tiny_architecture(model_type: str, tied: bool) -> dict[str, Any]:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
+        **({"head_dim": 8} if model_type == "qwen3" else {}),  # Qwen2's is width / heads
         "rope_theta": 1e6,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": tied,

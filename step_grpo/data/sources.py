@@ -208,7 +208,7 @@ def _answer_text(value: Any, column: str) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
-    return f"the number {value}" if isinstance(value, float) else f"a {type(value).__name__}"
+    return f"the number {value}" if isinstance(value, float) else f"a value of type {type(value).__name__}"
 
 
 def _extract(answers: list[str], pattern: str, where: str) -> list[str]:
