@@ -171,6 +171,8 @@ def runlocal(config: ConfigDict, *, model_type: str, tied: bool) -> ConfigDict:
     )
     config.data.update(data)
     config.eval.data.update({**data, "split": "test"})
+    if config.eval.data.source == "jsonl":
+        config.eval.data.name = str(Path(config.data.name).with_name("math.jsonl"))  # not the training file
     return config
 
 

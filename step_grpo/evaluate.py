@@ -37,10 +37,11 @@ def main(config: ConfigDict, checkpoint: str, workdir: Path = Path("workdir")) -
     validate(config)
     use_all_cores()
     mesh = make_mesh(config.rollout.lanes)
-    described, params = open_model(checkpoint)
+    opened = open_model(checkpoint)
+    described = opened.described
     prompts = evaluation_prompts(described, config)
     engine = evaluation_engine(described, config, mesh)
-    params = decode_ready(params, config.model.dtype, mesh)
+    params = decode_ready(opened.params, config.model.dtype, mesh)
     with Grader(config.reward.grading_workers, config.reward.grading_deadline) as grader:
         scored = evaluate(described, engine, params, prompts, config, grader, "evaluating")
     figures = summarise(scored)

@@ -39,7 +39,7 @@ from step_grpo.grpo.update import Measurements, TrainBatch, TrainState, Update, 
 from step_grpo.mesh import make_mesh, over_data, replicated, use_all_cores
 from step_grpo.metrics import MetricsWriter, read_metrics
 from step_grpo.model import qwen
-from step_grpo.model.load import load_model, save_description
+from step_grpo.model.load import Description, load_model, save_description
 from step_grpo.report import evaluation_table, progress_bar
 from step_grpo.reward import rewards
 from step_grpo.reward.grading import Grader
@@ -138,26 +138,30 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
         "seconds": time.monotonic() - started,
         "seed": config.seed,
     }
+    finish(workdir, result, described, state.params, config)
+
+
+def finish(
+    workdir: Path, result: dict[str, Any], described: Description, params: qwen.Params, config: ConfigDict
+) -> None:
+    """Writes `result.json` and the export, shows the closing table, and says where everything is."""
     (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    evaluations = {name: result[name] for name in ("before", "after")}
     save_description(described, workdir / "model")
     exported = write_hf_folder(
         workdir / "export",
-        state.params,
+        params,
         described.hf_config,
         described.generation,
         tokenizer_folder=workdir / "model",
-        card={"settings": config.to_dict(), "measured": {"before": before, "after": after}},
+        card={"settings": config.to_dict(), "measured": evaluations},
         dtype=config.export_dtype,
     )
-    Console().print(evaluation_table({"before": before, "after": after}, result["exits"]))
-    saved = checkpoint.saved_steps(workdir)[-1]
-    for name, path in (
-        ("metrics", workdir / "metrics.jsonl"),
-        ("result", workdir / "result.json"),
-        ("checkpoint", saved),
-        ("export", exported),
-    ):
-        print(f"{name}: {path}")
+    Console().print(evaluation_table(evaluations, result["exits"]))
+    print(f"metrics: {workdir / 'metrics.jsonl'}")
+    print(f"result: {workdir / 'result.json'}")
+    print(f"checkpoint: {checkpoint.saved_steps(workdir)[-1]}")
+    print(f"export: {exported}")
 
 
 # ---------------------------------------------------------------------- questions

@@ -59,7 +59,7 @@ def progress_bar(title: str, total: int) -> Iterator[ProgressBar]:
 
 def show(value: float | str) -> str:
     """A figure in few characters."""
-    if isinstance(value, str) or isinstance(value, int):
+    if isinstance(value, str | int):
         return str(value)
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 

@@ -13,7 +13,22 @@ from step_grpo.rollout.engine import RolloutEngine, identity
 from step_grpo.rollout.phases import Machine
 from step_grpo.rollout.triggers import build_vocabulary
 
-TEXTS = [b"<eos>", b"<end>", b"</think>", b"Wait", b" Wait", b".Wait", b"ing", b" a", b" b", b"c", b"  ", b"\n", b"{", b"}"]
+TEXTS = [
+    b"<eos>",
+    b"<end>",
+    b"</think>",
+    b"Wait",
+    b" Wait",
+    b".Wait",
+    b"ing",
+    b" a",
+    b" b",
+    b"c",
+    b"  ",
+    b"\n",
+    b"{",
+    b"}",
+]
 CFG = qwen.QwenConfig(
     vocab_size=len(TEXTS), width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e4,
     rms_eps=1e-6, tied=False, qk_norm=True, qkv_bias=False, init_std=0.35,
@@ -49,7 +64,7 @@ def run_named(name):
 def run(params, machine, lanes=4, prompts=PROMPTS, samples=3):
     mesh = make_mesh(lanes)
     vocab = build_vocabulary(TEXTS, TRIGGERS)
-    engine = RolloutEngine(CFG, machine, vocab, lanes, 8, jnp.dtype("float32"), mesh)
+    engine = RolloutEngine(CFG, machine, vocab, lanes=lanes, max_prompt=8, dtype=jnp.float32, mesh=mesh)
     return engine(qwen.decode_params(params, jnp.float32), prompts, samples, KEY)[0]
 
 
