@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from step_grpo.config import data_config
-from step_grpo.data.sources import epoch_order, load_questions, take
+from step_grpo.data.sources import Questions, epoch_order, load_questions, take
 from step_grpo.errors import UserError
 
 ROWS = [{"problem": f" What is {i} + 1? ∑ ", "answer": str(i + 1)} for i in range(5)]
