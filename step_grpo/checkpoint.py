@@ -7,6 +7,7 @@ is complete. Orbax's interface is used here alone.
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,14 +92,25 @@ def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) 
     """Refuses to go on with a run under other settings; only its length may change.
 
     Raises:
-        UserError: naming the first field that differs.
+        UserError: naming the first field that differs, and both values.
     """
-    free = {"steps", "save_every", "keep_checkpoints"}
-    for name in sorted({*saved, *wanted} - free):
-        if saved.get(name) != wanted.get(name):
+    free = {"config.steps", "config.save_every", "config.keep_checkpoints"}
+    before, now = dict(_leaves(saved, "config")), dict(_leaves(wanted, "config"))
+    for field in sorted({*before, *now} - free):
+        if before.get(field) != now.get(field):
             raise UserError(
-                f"{folder} was made with another config.{name}; use a new --workdir, or the same settings"
+                f"{folder} was made with {field}={before.get(field)!r}, not {now.get(field)!r}; use a new "
+                "--workdir, or the same settings"
             )
+
+
+def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """The fields of a config under their dotted names."""
+    if not isinstance(tree, dict) or not tree:
+        yield name, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, f"{name}.{key}")
 
 
 def saved_steps(workdir: Path) -> list[Path]:
@@ -152,8 +164,14 @@ def read_description(folder: Path) -> Description:
 
 
 def _load(path: Path, like: Any) -> Any:
-    """Restores a tree into the shapes, types and shardings of `like`."""
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    """Restores a tree into the shapes, types and shardings of `like`; on one device where it names none.
+
+    Left to Orbax, that would be the devices that saved it, and this machine may have others.
+    """
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one), like
+    )
     try:
         return ocp.load(path.absolute(), abstract)
     except Exception as error:  # Orbax raises types of many libraries for a damaged folder
