@@ -1,0 +1,403 @@
+"""The training run end to end, on the built-in model."""
+
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+from short_run import ONE_STEP, command, short_config, train
+from transformers import AutoModelForCausalLM
+
+from step_grpo import checkpoint
+from step_grpo.data.prompts import EncodedPrompt
+from step_grpo.data.sources import Question, load_questions
+from step_grpo.errors import UserError
+from step_grpo.main import (
+    assert_disjoint,
+    confidence_figures,
+    mean_exits,
+    reward_groups,
+    take_prompts,
+    training_samples,
+    warn_of_no_signal,
+)
+from step_grpo.mesh import make_mesh
+from step_grpo.model.weights import load_checkpoint, load_params
+from step_grpo.reward.grading import Grade
+from step_grpo.rollout.engine import Completion
+from step_grpo.scoring import Scored
+
+EVALUATION = {"accuracy", "accuracy_low", "accuracy_high", "tokens", "steps", "questions"}
+
+
+def identical(a, b) -> bool:
+    """Whether two trees hold the same bits."""
+    same = jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
+    return jax.tree.all(same)
+
+
+def trained_weights(workdir):
+    return checkpoint.open_model(workdir).params
+
+
+# ---------------------------------------------------------------------- what a run leaves behind
+
+
+def test_metrics_hold_one_line_a_step(finished_run):
+    assert [line["step"] for line in finished_run.metrics] == [1, 2]
+
+
+def test_result_has_the_documented_fields(finished_run):
+    result = finished_run.result
+    assert set(result) == {"before", "after", "exits", "seconds", "seed"}
+    for name in ("before", "after"):
+        assert set(result[name]) >= EVALUATION
+        assert result[name]["questions"] == 16
+        assert result[name]["accuracy_low"] <= result[name]["accuracy"] <= result[name]["accuracy_high"]
+    assert result["seed"] == finished_run.config.seed
+    assert result["seconds"] > 0
+
+
+@pytest.mark.parametrize("name", ["before", "after"])
+def test_result_is_the_mean_of_the_completions(finished_run, name):
+    completions, result = finished_run.completions(name), finished_run.result[name]
+    assert result["accuracy"] == np.mean([c["correct"] for c in completions])
+    assert result["tokens"] == np.mean([len(c["token_ids"]) for c in completions])
+    assert result["steps"] == np.mean([1 + len(re.findall(r"\bWait\b", c["text"])) for c in completions])
+
+
+def test_exits_are_shares_of_the_training_completions(finished_run):
+    exits = finished_run.result["exits"]
+    assert sum(exits.values()) == pytest.approx(1)
+    assert set(exits) <= {"natural", "early_exit", "budget", "rep", "eos"}
+    for reason, share in exits.items():
+        assert share == pytest.approx(np.mean([line[f"exit_{reason}"] for line in finished_run.metrics]))
+
+
+def test_every_printed_path_exists(finished_run):
+    text = finished_run.printed.replace("\n", " ")
+    for name, path in {
+        "metrics": finished_run.workdir / "metrics.jsonl",
+        "result": finished_run.workdir / "result.json",
+        "checkpoint": finished_run.workdir / "checkpoints" / "000002",
+        "export": finished_run.workdir / "export",
+    }.items():
+        assert f"{name}: {path}" in text
+        assert path.exists()
+
+
+def test_closing_table_shows_accuracy_tokens_steps_and_exits(finished_run):
+    result = finished_run.result
+    for part in ("accuracy (95 % interval)", "tokens, mean", "steps, mean", "exits in training"):
+        assert part in finished_run.printed
+    for name in ("before", "after"):
+        assert f"{result[name]['accuracy']:.1%}" in finished_run.printed
+        assert f"{result[name]['tokens']:.1f}" in finished_run.printed
+
+
+def test_export_is_the_trained_model_and_transformers_loads_it(finished_run):
+    exported = finished_run.workdir / "export"
+    assert identical(load_params(load_checkpoint(exported)), trained_weights(finished_run.workdir))
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    embedding = model.get_input_embeddings().weight.detach().numpy()
+    assert identical(embedding, trained_weights(finished_run.workdir)["embed_VD"])
+
+
+def test_export_command_on_a_machine_with_one_device_gives_the_same_folder(finished_run, tmp_path):
+    one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    out = tmp_path / "out"
+    done = command("export", f"--checkpoint={finished_run.workdir}", f"--out={out}", **one_device)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}\n", "")
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (out / name).read_bytes() == (finished_run.workdir / "export" / name).read_bytes()
+
+
+def test_training_moves_every_weight_from_the_checkpoint_it_began_with(finished_run):
+    """Also the reference of the KL: had it moved along, its buffers would be those of the policy."""
+    before, after = trained_weights("builtin:tiny"), trained_weights(finished_run.workdir)
+    moved = jax.tree.map(lambda x, y: bool(np.any(np.asarray(x) != np.asarray(y))), before, after)
+    assert jax.tree.all(moved)
+    assert finished_run.metrics[1]["kl"] > 0
+
+
+def test_sampler_and_trainer_agree_on_every_logprob(finished_run):
+    for line in finished_run.metrics:
+        assert 0 < line["sampler_gap"] < 1e-4
+        assert line["sampler_gap_rms"] < 1e-4
+
+
+def test_second_update_of_a_batch_is_off_policy(finished_run):
+    """Two updates a batch share the log-probs of the policy that made it."""
+    assert all(line["policy_gap"] > 1e-5 for line in finished_run.metrics)
+
+
+# ---------------------------------------------------------------------- questions
+
+
+def test_no_training_question_is_evaluated_on(finished_run):
+    training = {q.question for q in load_questions(finished_run.config.data)}
+    held_out = {c["prompt"] for c in finished_run.completions("before")}
+    assert len(held_out) == 16 and not training & held_out
+
+
+def prompt(*ids: int) -> EncodedPrompt:
+    return EncodedPrompt(Question(str(ids), f"question {ids}", "1"), ids)
+
+
+def test_question_in_both_sets_is_named():
+    with pytest.raises(UserError, match=r"config\.eval\.data: 1 questions .* 'question \(3,\)'"):
+        assert_disjoint([prompt(1), prompt(2), prompt(3)], [prompt(4), prompt(3)])
+    assert_disjoint([prompt(1), prompt(2)], [prompt(3)])
+
+
+def test_evaluating_on_the_training_split_is_refused(tmp_path):
+    config = short_config({"eval": {"data": {"split": "train"}}})
+    with pytest.raises(UserError, match=r"config\.eval\.data: 16 questions are also in config\.data"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_walk_through_the_questions_without_repeating_any():
+    config, prompts, cursor, seen = short_config(), [prompt(i) for i in range(12)], 0, []
+    for _ in range(3):
+        batch, cursor = take_prompts(prompts, cursor, config)
+        seen += [p.ids for p in batch]
+    assert sorted(seen) == sorted(p.ids for p in prompts)
+
+
+# ---------------------------------------------------------------------- stopping and going on
+
+
+@pytest.fixture(scope="module")
+def resumed_run(tmp_path_factory):
+    """One step, and then the same command for two; what a crash left behind lies around."""
+    workdir = tmp_path_factory.mktemp("resumed_run")
+    train(short_config({"steps": 1}), workdir)
+    (workdir / "checkpoints" / ".000002.partial" / "params").mkdir(parents=True)
+    (workdir / "checkpoints" / "000003" / "params").mkdir(parents=True)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "reward": 7}\n{"step": 3, "rew')
+    return train(short_config({"keep_checkpoints": 1}), workdir)
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished_run, resumed_run):
+    assert resumed_run.metrics == finished_run.metrics
+    assert all(line["update_norm"] > 0 for line in finished_run.metrics)
+    states = [
+        checkpoint._load(run.workdir / "checkpoints" / "000002" / "optimizer", optimizer_state(run))
+        for run in (finished_run, resumed_run)
+    ]
+    assert identical(trained_weights(finished_run.workdir), trained_weights(resumed_run.workdir))
+    assert identical(*states)
+    assert resumed_run.completions("after") == finished_run.completions("after")
+    assert resumed_run.result["after"] == finished_run.result["after"]
+
+
+def optimizer_state(run):
+    """The shapes of its optimizer's state, from a fresh one."""
+    from step_grpo.main import build_update, optimizer_of
+
+    opened = checkpoint.open_model(run.workdir)
+    update = build_update(opened.described.config, run.config, optimizer_of(run.config.grpo))
+    state = update.init(opened.params)
+    return {"step": state.step, "state": state.opt_state}
+
+
+def test_only_the_newest_checkpoints_are_kept(finished_run, resumed_run):
+    assert [p.name for p in checkpoint.saved_steps(finished_run.workdir)] == ["000001", "000002"]
+    assert [p.name for p in checkpoint.saved_steps(resumed_run.workdir)] == ["000002"]
+
+
+def test_checkpoint_knows_step_and_cursor(finished_run):
+    for folder, step in zip(checkpoint.saved_steps(finished_run.workdir), (1, 2), strict=True):
+        run = checkpoint.read_json(folder / checkpoint.RUN)
+        assert (run["step"], run["cursor"]) == (step, 4 * step)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"rollout": {"delta": 0.5}}, r"config\.rollout\.delta=0\.95, not 0\.5"),
+        ({"seed": 5}, r"config\.seed=0, not 5"),
+        ({"rollout": {"triggers": ("Wait", "But")}}, r"config\.rollout\.triggers=\['Wait'\]"),
+        ({"eval": {"data": {"count": 17}}}, r"config\.eval\.data\.count=16, not 17"),
+    ],
+)
+def test_going_on_under_other_settings_is_refused_by_name(finished_run, change, field):
+    with pytest.raises(UserError, match=f"{field}.*new --workdir"):
+        train(short_config({"steps": 3}, change), finished_run.workdir)
+
+
+@pytest.mark.parametrize("part", ["params", "optimizer"])
+def test_damaged_checkpoint_is_one_line_that_names_it(finished_run, tmp_path, part):
+    shutil.copytree(finished_run.workdir / "checkpoints", tmp_path / "checkpoints")
+    damaged = tmp_path / "checkpoints" / "000002" / part
+    for file in damaged.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(UserError, match=re.escape(str(damaged))) as caught:
+        train(short_config({"steps": 3}), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------- the other paths
+
+
+def test_plain_grpo_never_probes_and_rewards_accuracy_and_format_alone(tmp_path):
+    plain = {"rollout": {"exit": "none"}, "reward": {"name": "accuracy"}}
+    (line,) = train(short_config(ONE_STEP, plain), tmp_path).metrics
+    assert line["probes"] == line["probe_tokens"] == line["forced_tokens"] == 0
+    assert line["exit_early_exit"] == line["exit_budget"] == line["exit_rep"] == 0
+    assert line["reward"] == pytest.approx(0.9 * line["accuracy"] + 0.1 * line["formatted"])
+    assert not any(name.startswith("confidence") for name in line)
+
+
+@pytest.fixture(scope="module")
+def masked_run(tmp_path_factory):
+    masked = {
+        "grpo": {"train_forced_tokens": False, "old_logprobs": "sampler"},
+        "reward": {"name": "length_penalty"},
+    }
+    return train(short_config(ONE_STEP, masked), tmp_path_factory.mktemp("masked_run"))
+
+
+def test_forced_tokens_are_not_trained_on_where_asked(masked_run):
+    (line,) = masked_run.metrics
+    assert line["forced_tokens"] > 0
+    assert line["trained_tokens"] == 4 * (line["tokens"] - line["forced_tokens"])
+
+
+def test_forced_tokens_are_trained_on_by_default(finished_run):
+    line = finished_run.metrics[0]
+    assert line["forced_tokens"] > 0
+    assert line["trained_tokens"] == 8 * line["tokens"]  # a mean over two updates of 8 completions each
+
+
+def test_sampler_logprobs_stand_in_for_the_trainers_where_asked(masked_run):
+    (line,) = masked_run.metrics
+    assert line["sampler_gap"] == 0  # the old ones are the sampler's
+    assert 0 < line["policy_gap"] < 1e-4  # and the trainer's own differ a little
+
+
+def test_length_penalty_reward_is_the_formula(masked_run):
+    (line,) = masked_run.metrics
+    correct = line["accuracy"]
+    floor = 0.9 * correct * 0.5 + 0.1 * line["formatted"]  # nobody used more than the whole budget
+    assert floor <= line["reward"] <= 0.9 * correct + 0.1 * line["formatted"]
+
+
+def test_number_of_devices_changes_nothing(finished_run, tmp_path):
+    """One device here, two there: the same completions, and the same step up to rounding."""
+    alone = train(short_config({"steps": 1, "grpo": {"rows": 1}}), tmp_path)
+    assert (make_mesh(8, 1).size, make_mesh(8, 2).size) == (1, 2)
+    assert alone.completions("before") == finished_run.completions("before")
+    there = finished_run.metrics[0]
+    for name, value in alone.metrics[0].items():
+        if name != "lane_use":  # the only one that speaks of the devices
+            assert value == pytest.approx(there[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("shared", "devices"), [((128, 16), 8), ((12, 16), 4), ((6,), 2), ((5, 8), 1), ((), 8)]
+)
+def test_mesh_has_as_many_devices_as_divide_rows_and_lanes(shared, devices):
+    assert jax.device_count() == 8
+    assert make_mesh(*shared).size == devices
+
+
+# ---------------------------------------------------------------------- pieces
+
+
+def scored(*, tokens=3, forced=(), correct=True, formatted=True, steps=1, error=None) -> Scored:
+    completion = Completion(
+        prompt=0,
+        sample=0,
+        tokens=np.arange(tokens, dtype=np.int32) + 5,
+        logprobs=-np.arange(tokens, dtype=np.float32),
+        forced=np.isin(np.arange(tokens), forced),
+        reason="natural",
+        confidences=np.zeros(0, np.float32),
+        probe_tokens=0,
+    )
+    return Scored(prompt(1, 2), completion, "", Grade(correct, formatted, error), steps)
+
+
+def test_training_samples_carry_prompt_completion_and_their_own_advantage():
+    config = short_config()
+    group = [scored(tokens=n) for n in (1, 2, 3, 4)]
+    samples = training_samples(group, np.array([[0.5, -1.0], [2.0, 0.0]]), config)
+    assert [s.advantage for s in samples] == [0.5, -1.0, 2.0, 0.0]
+    for s, source in zip(samples, group, strict=True):
+        assert s.prompt_ids.tolist() == [1, 2]
+        assert s.completion_ids.tolist() == source.completion.tokens.tolist()
+        assert s.sampler_logprobs.tolist() == source.completion.logprobs.tolist()
+
+
+@pytest.mark.parametrize(("train_forced", "mask"), [(True, [1, 1, 1, 1]), (False, [1, 0, 0, 1])])
+def test_forced_tokens_are_masked_where_asked(train_forced, mask):
+    config = short_config({"grpo": {"train_forced_tokens": train_forced}})
+    (sample,) = training_samples([scored(tokens=4, forced=(1, 2))], np.zeros((1, 1)), config)
+    assert sample.loss_mask.tolist() == mask
+
+
+def test_every_completion_needs_an_advantage():
+    with pytest.raises(ValueError):
+        training_samples([scored(), scored()], np.zeros((1, 1)), short_config())
+
+
+def test_step_aware_rewards_are_grouped_by_prompt():
+    """Restated from Eq. 4 and 5, on two groups of two with a mean of their own each."""
+    config = short_config({"rollout": {"samples": 2}, "reward": {"alpha": 0.8, "beta": 0.4}})
+    rows = [
+        scored(steps=1),
+        scored(steps=3),
+        scored(steps=5, correct=False),
+        scored(steps=9, correct=False, formatted=False),
+    ]
+    expected = [
+        [0.8 * (1 - 0.4 * np.tanh(-0.5)) + 0.2, 0.8 * (1 - 0.4 * np.tanh(0.5)) + 0.2],
+        [0.2, 0.0],
+    ]
+    np.testing.assert_allclose(reward_groups(rows, config), expected)
+
+
+def test_length_penalty_counts_the_tokens_of_the_completion():
+    config = short_config(
+        {"rollout": {"samples": 2, "max_response_tokens": 100}},
+        {"reward": {"name": "length_penalty", "length_penalty": 0.5}},
+    )
+    rows = [scored(tokens=100), scored(tokens=20, correct=False)]
+    np.testing.assert_allclose(reward_groups(rows, config), [[0.9 * 0.5 + 0.1, 0.1]])
+
+
+def test_answer_that_could_not_be_graded_counts_as_wrong():
+    config = short_config({"rollout": {"samples": 2}, "reward": {"name": "accuracy"}})
+    rows = [scored(), scored(correct=False, formatted=False, error="deadline")]
+    np.testing.assert_allclose(reward_groups(rows, config), [[1.0, 0.0]])
+
+
+def test_batch_without_signal_is_warned_of(capsys):
+    figures = {"equal_groups": 0.5, "grading_failures": 0.0, "accuracy": 0.0, "formatted": 1.0}
+    warn_of_no_signal(figures)
+    assert capsys.readouterr().out == ""
+    warn_of_no_signal(figures | {"equal_groups": 1.0})
+    warn_of_no_signal(figures | {"grading_failures": 3.0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert "every group has equal rewards (accuracy 0.0%, formatted 100.0%)" in first
+    assert "3 answers could not be graded" in second
+
+
+def test_exit_shares_are_averaged_over_steps_and_absent_reasons_left_out():
+    reasons = ("unfinished", "natural", "early_exit", "budget", "rep", "eos", "length")
+    empty = {f"exit_{reason}": 0.0 for reason in reasons}
+    lines = [empty | {"exit_natural": 1.0}, empty | {"exit_natural": 0.5, "exit_rep": 0.5}]
+    assert mean_exits(lines) == {"natural": 0.75, "rep": 0.25}
+
+
+def test_confidence_figures_are_percentiles():
+    values = np.linspace(0, 1, 101).astype(np.float32)
+    figures = confidence_figures(values)
+    assert list(figures.values()) == pytest.approx([0.1, 0.5, 0.9, 1.0], abs=1e-6)
+    assert confidence_figures(values[:0]) == {}
