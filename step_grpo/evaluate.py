@@ -41,7 +41,7 @@ def main(config: ConfigDict, checkpoint: str, workdir: Path = Path("workdir")) -
     described = opened.described
     prompts = evaluation_prompts(described, config)
     engine = evaluation_engine(described, config, mesh)
-    params = decode_ready(opened.params, config.model.dtype, mesh)
+    params = decode_ready(jax.device_put(opened.params, replicated(mesh)), config.model.dtype, mesh)
     with Grader(config.reward.grading_workers, config.reward.grading_deadline) as grader:
         scored = evaluate(described, engine, params, prompts, config, grader, "evaluating")
     figures = summarise(scored)
@@ -92,7 +92,7 @@ def evaluation_engine(described: Description, config: ConfigDict, mesh: Mesh) ->
 
 
 def decode_ready(params: qwen.Params, dtype: str, mesh: Mesh) -> qwen.Params:
-    """The weights as the rollout reads them, on every device."""
+    """The weights as the rollout reads them, on every device; `params` must be on those of `mesh`."""
     make = jax.jit(qwen.decode_params, static_argnums=1, out_shardings=replicated(mesh))
     return make(params, dtype)
 
