@@ -399,6 +399,9 @@ def _read_arithmetic(config: ConfigDict, where: str) -> _Table:
 
     if config.count < 1:
         raise UserError(f"{where}.count is {config.count}; it must be at least 1, the problems to generate")
+    if config.split not in arithmetic.SPLITS:
+        splits = ", ".join(arithmetic.SPLITS)
+        raise UserError(f"{where}.split is {config.split!r}; arithmetic has {splits}")
     problems = arithmetic.problems(config.split, config.count, seed=0)
     rows = enumerate({"problem": problem, "answer": answer} for problem, answer in problems)
     return _Table(f"arithmetic, split {config.split}", f"arithmetic/{config.split}", "row", rows)
