@@ -163,9 +163,10 @@ def abstract_params(cfg: QwenConfig) -> Params:
 def logical_axes(cfg: QwenConfig) -> Params:
     """The tree of logical axis names of the weights, a tuple a weight."""
     state = nnx.state(nnx.eval_shape(lambda: Qwen(cfg, nnx.Rngs(params=0))), nnx.Param)
-    return jax.tree.map(
+    axes = jax.tree.map(
         lambda weight: weight.get_metadata("axes"), state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
     )
+    return nnx.to_pure_dict(axes)
 
 
 def decode_params(params: Params, dtype) -> Params:
