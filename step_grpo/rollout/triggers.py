@@ -21,7 +21,8 @@ class Vocabulary(NamedTuple):
     """Tables `[V]`.
 
     A token's text is split at its spaces into a prefix that ends the current word, whole words inside, and
-    a suffix that opens the next word. A word is known by a polynomial hash of its bytes modulo 2**32.
+    a suffix that opens the next word. A word is known by a polynomial hash of its bytes modulo 2**32; the
+    words inside count as a single one (in tokenizers of natural text only runs of white space hold several).
     """
 
     trigger_after_letter: jax.Array  # holds a standalone trigger even when a letter comes before it
