@@ -1,4 +1,4 @@
-"""Eight fake devices where sharding is tested, each program compiled once a session, one short run for all."""
+"""Eight fake devices where sharding is tested; programs compiled once a session; one short run for all."""
 
 import os
 import tempfile

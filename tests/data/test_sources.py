@@ -2,7 +2,6 @@ import json
 import os
 import sys
 import time
-import types
 from pathlib import Path
 
 import datasets
@@ -140,12 +139,14 @@ def test_arithmetic_gets_split_and_count(monkeypatch):
         calls.append((split, count, seed))
         return [(row["problem"], row["answer"]) for row in ROWS]
 
-    stub = types.ModuleType("step_grpo.data.arithmetic")
-    stub.problems = problems
-    monkeypatch.setitem(sys.modules, "step_grpo.data.arithmetic", stub)
-    monkeypatch.setattr("step_grpo.data.arithmetic", stub, raising=False)
+    monkeypatch.setattr("step_grpo.data.arithmetic.problems", problems)
     assert pairs(load(source="arithmetic", split="test", count=5)) == EXPECTED
     assert calls == [("test", 5, 0)]
+
+
+def test_split_that_arithmetic_does_not_have_is_refused_at_once():
+    message = refusal(source="arithmetic", split="trian")
+    assert message == "config.data.split is 'trian'; arithmetic has test, validation, train"
 
 
 @pytest.mark.parametrize(

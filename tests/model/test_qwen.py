@@ -1,0 +1,100 @@
+"""The declaration of the weights, and their form in the decode loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from step_grpo.model import qwen
+from step_grpo.model.cache import LayerCache, copy_lanes, empty_cache, write_token
+
+SIZES = {
+    "vocab_size": 11, "width": 12, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 6, "ffn": 10,
+    "rope_theta": 1e4, "rms_eps": 1e-6,
+}  # fmt: skip
+CONFIGS = {
+    "qwen3": qwen.QwenConfig(**SIZES, tied=True, qk_norm=True, qkv_bias=False),
+    "qwen2": qwen.QwenConfig(**SIZES, tied=False, qk_norm=False, qkv_bias=True),
+}
+LETTERS = {"V": ("vocab", 11), "N": ("heads", 4), "K": ("kv_heads", 2), "F": ("ffn", 10), "H": (None, 6)}
+
+
+@pytest.fixture(params=CONFIGS)
+def cfg(request):
+    return CONFIGS[request.param]
+
+
+def test_shape_and_logical_axes_of_every_weight_follow_its_name(cfg):
+    """`wq_DNH` is `[D, N, H]`, in a layer `[L, D, N, H]`; a norm over `D` alone is not sharded."""
+
+    def check(path, weight, axes):
+        name, stacked = path[-1].key, path[0].key == "layers"
+        suffix = name.rpartition("_")[2]
+        letters = LETTERS | {"D": ("embed" if len(suffix) > 1 else None, 12)}
+        expected = [("layers", 3)] * stacked + [letters[letter] for letter in suffix]
+        assert list(zip(axes, weight.shape, strict=True)) == expected, name
+        assert len(set(axes) - {None}) == len([axis for axis in axes if axis]), name
+        return True
+
+    checked = jax.tree.map_with_path(check, qwen.abstract_params(cfg), qwen.logical_axes(cfg))
+    assert len(jax.tree.leaves(checked)) == (13 if cfg.tied else 15)
+
+
+def test_abstract_weights_are_those_that_are_initialised(cfg):
+    made = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), qwen.init_params(cfg, 0))
+    assert jax.tree.leaves_with_path(made) == jax.tree.leaves_with_path(qwen.abstract_params(cfg))
+
+
+def test_decode_weights_are_cast_once_and_taken_apart_by_layer(cfg):
+    params = qwen.init_params(cfg, 0)
+    ready = qwen.decode_params(params, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(ready)} == {jnp.dtype("bfloat16")}
+    assert len(ready["layers"]) == cfg.layers
+    for i, layer in enumerate(ready["layers"]):
+        for name, weight in layer.items():
+            assert jnp.array_equal(weight, params["layers"][name][i].astype(jnp.bfloat16))
+    assert ready.keys() == params.keys()
+
+
+def test_decode_step_casts_no_weight(cfg):
+    """Every conversion of a type in the program is of activations, which are smaller than any matrix."""
+    ready = qwen.decode_params(qwen.init_params(cfg, 0), jnp.bfloat16)
+    cache = empty_cache(cfg.layers, 1, cfg.kv_heads, 4, cfg.head_dim, jnp.bfloat16)
+    program = jax.make_jaxpr(lambda p: qwen.decode(p, cfg, jnp.zeros(1, jnp.int32), cache, jnp.ones(1, int)))(
+        ready
+    )
+    weights = {leaf.shape for leaf in jax.tree.leaves(ready) if leaf.ndim > 1}
+    casts = {e.invars[0].aval.shape for e in program.eqns if e.primitive.name == "convert_element_type"}
+    assert casts and not casts & weights
+
+
+def random_cache(seed: int, rows: int, length: int):
+    shape = (rows, 2, length, 6)
+    keys = jax.random.split(jax.random.key(seed), 6).reshape(3, 2)
+    return tuple(LayerCache(jax.random.normal(k, shape), jax.random.normal(v, shape)) for k, v in keys)
+
+
+def test_copied_lanes_hold_the_prompt_and_the_others_are_untouched():
+    old, prompts = random_cache(0, rows=5, length=8), random_cache(1, rows=2, length=3)
+    new = copy_lanes(old, prompts, jnp.array([-1, 1, -1, 0, 1]))
+    for before, source, after in zip(*map(jax.tree.leaves, (old, prompts, new)), strict=True):
+        assert jnp.array_equal(after[jnp.array([0, 2])], before[jnp.array([0, 2])])
+        assert jnp.array_equal(after[jnp.array([1, 3, 4]), :, :3], source[jnp.array([1, 0, 1])])
+        assert jnp.array_equal(after[:, :, 3:], before[:, :, 3:])
+
+
+def test_token_behind_the_capacity_is_dropped_not_written_over_the_last():
+    (cache, *_) = random_cache(2, rows=3, length=4)
+    token = jnp.full((3, 2, 6), 7.0)
+    after = write_token(cache, token, token, jnp.array([0, 4, 3]))
+    for before, now in zip(cache, after, strict=True):
+        expected = np.array(before)
+        expected[0, :, 0] = expected[2, :, 3] = 7
+        assert np.array_equal(now, expected)
+
+
+def test_head_is_the_embedding_where_they_are_tied(cfg):
+    params = qwen.init_params(cfg, 0)
+    expected = params["embed_VD"].T if cfg.tied else params["head_DV"]
+    assert jnp.array_equal(qwen.head(params), expected)
+    assert cfg.tied == ("head_DV" not in params)
