@@ -71,17 +71,13 @@ def test_export_generates_the_same_text_here_and_in_transformers(greedy, tmp_pat
     out = export("builtin:tiny", tmp_path / "out", dtype="float32")
     completions = greedy_completions(out, tmp_path / "evaluation")
     assert completions == greedy[0]
-    assert [c["token_ids"] for c in completions] == transformers_greedy(
-        out, [c["prompt"] for c in completions]
-    )
+    assert [c["token_ids"] for c in completions] == transformers_greedy(out, completions)
 
 
 def test_trained_model_generates_the_same_text_before_and_after_its_export(finished_run, tmp_path):
     completions = greedy_completions(finished_run.workdir, tmp_path / "evaluation")
     out = export(finished_run.workdir, tmp_path / "out")
-    assert [c["token_ids"] for c in completions] == transformers_greedy(
-        out, [c["prompt"] for c in completions]
-    )
+    assert [c["token_ids"] for c in completions] == transformers_greedy(out, completions)
 
 
 def test_every_eos_id_ends_a_completion(tmp_path):

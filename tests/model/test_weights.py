@@ -360,7 +360,8 @@ def resolve_in_a_process(tmp_path, **environment) -> tuple[str, float]:
         "except UserError as error: print(error)\n"
         "print(time.monotonic() - start)"
     )
-    env = {**os.environ, "HF_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", **environment}
+    online = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    env = {**os.environ, **online, "JAX_PLATFORMS": "cpu", **environment}
     env = {name: value for name, value in env.items() if not name.lower().endswith("_proxy")}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     message, seconds = run.stdout.splitlines()
