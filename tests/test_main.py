@@ -167,6 +167,14 @@ def test_steps_walk_through_the_questions_without_repeating_any():
     assert sorted(seen) == sorted(p.ids for p in prompts)
 
 
+def test_same_question_gets_other_completions_at_the_next_step(tmp_path):
+    """A policy that does not move asks the same single question twice."""
+    frozen = {"steps": 2, "data": {"count": 1}, "grpo": {"learning_rate": 1e-30}}
+    first, second = train(short_config(ONE_STEP, frozen), tmp_path).metrics
+    assert first["entropy"] != second["entropy"]
+    assert first["kl"] == second["kl"] == pytest.approx(0, abs=1e-6)
+
+
 # ---------------------------------------------------------------------- stopping and going on
 
 
@@ -257,7 +265,8 @@ def test_plain_grpo_never_probes_and_rewards_accuracy_and_format_alone(tmp_path)
 @pytest.fixture(scope="module")
 def masked_run(tmp_path_factory):
     masked = {
-        "grpo": {"train_forced_tokens": False, "old_logprobs": "sampler"},
+        "prompts_per_step": 2,  # in a single update
+        "grpo": {"prompts_per_update": 2, "train_forced_tokens": False, "old_logprobs": "sampler"},
         "reward": {"name": "length_penalty"},
     }
     return train(short_config(ONE_STEP, masked), tmp_path_factory.mktemp("masked_run"))
@@ -266,7 +275,7 @@ def masked_run(tmp_path_factory):
 def test_forced_tokens_are_not_trained_on_where_asked(masked_run):
     (line,) = masked_run.metrics
     assert line["forced_tokens"] > 0
-    assert line["trained_tokens"] == 4 * (line["tokens"] - line["forced_tokens"])
+    assert line["trained_tokens"] == 8 * (line["tokens"] - line["forced_tokens"])
 
 
 def test_forced_tokens_are_trained_on_by_default(finished_run):

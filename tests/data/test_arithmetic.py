@@ -43,6 +43,16 @@ def test_questions_are_distinct_answers_right_and_values_stay_in_range(split, se
         assert all(0 <= value <= 99 for value in values)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_split_of_a_question_follows_from_its_text(split):
+    """Whatever the seed that draws it, a question is never of two splits."""
+    for question, _ in problems(split, 200, seed=1):
+        first, *rest = re.findall(r"[+-]?\d+", question)
+        operations = tuple((-1 if part[0] == "-" else 1, int(part[1:])) for part in rest)
+        again = Problem(int(first), operations)
+        assert (again.question, again.split) == (question, split)
+
+
 def test_splits_are_disjoint_over_all_seeds():
     drawn = {
         split: {question for seed in range(5) for question, _ in problems(split, 300, seed)}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from step_grpo.data.tiny_tokenizer import build_tokenizer
 from step_grpo.rollout.decode import fresh_lanes
 from step_grpo.rollout.phases import Emit, finished_chunk_hash, read_text
-from step_grpo.rollout.triggers import build_vocabulary, token_bytes
+from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, token_bytes
 
 LONGEST = 96
 TOKENIZER = build_tokenizer()
@@ -19,7 +19,7 @@ VOCAB = build_vocabulary(TEXTS, ("Wait",))
 
 
 @jax.jit
-def chunk_hash(tokens, valid):
+def chunk_hash(vocab, tokens, valid):
     """The hash of the last chunk's words and the lane, after the tokens; `[1]` each."""
     zero = jnp.zeros(1, jnp.int32)
     lane = fresh_lanes(zero, zero, zero + 3, zero)
@@ -33,17 +33,17 @@ def chunk_hash(tokens, valid):
         emit = Emit(valid[None], token[None], nothing, nothing > 0, flagged[None])
         start = lane.length
         lane = lane._replace(length=start + valid)
-        return read_text(lane, words, VOCAB, emit, start), finished_chunk_hash(lane, words)
+        return read_text(lane, words, vocab, emit, start), finished_chunk_hash(lane, words)
 
     (lane, words), _ = jax.lax.scan(record, (lane, words), (tokens, valid))
     return finished_chunk_hash(lane, words), lane
 
 
-def hash_of(ids: list[int]) -> int:
+def hash_of(ids: list[int], vocab: Vocabulary = VOCAB) -> int:
     """The hash of the chunk behind the last trigger of a token string."""
     padded = np.zeros(LONGEST, np.int32)
     padded[: len(ids)] = ids
-    return int(chunk_hash(padded, np.arange(LONGEST) < len(ids))[0][0])
+    return int(chunk_hash(vocab, padded, np.arange(LONGEST) < len(ids))[0][0])
 
 
 def words_of(ids: list[int]) -> set[str]:
@@ -93,6 +93,12 @@ def test_word_may_arrive_in_any_pieces():
     assert hash_of(phrase) == hash_of(spelled("1, check: 2"))
 
 
+def test_word_that_is_twice_in_one_token_counts_once():
+    vocab = build_vocabulary([b"x", b" ", b"x x ", b"Wait"], ("Wait",))
+    assert hash_of([2], vocab) == hash_of([0, 1], vocab) == hash_of([0, 1, 2, 2], vocab)
+    assert hash_of([2], vocab) != hash_of([0], vocab)  # `x ` ends in an empty word
+
+
 def test_token_that_is_not_recorded_changes_nothing():
     """Such as those of a probe."""
     ids = np.array([*spelled("ab c"), WAIT, *spelled("zz y")], np.int32)
@@ -100,8 +106,8 @@ def test_token_that_is_not_recorded_changes_nothing():
     tokens[: len(ids)] = ids
     valid = np.zeros(LONGEST, bool)
     valid[:4] = True
-    skipped = chunk_hash(tokens, valid)
-    plain = chunk_hash(np.array([*ids[:4], *[0] * (LONGEST - 4)], np.int32), valid)
+    skipped = chunk_hash(VOCAB, tokens, valid)
+    plain = chunk_hash(VOCAB, np.array([*ids[:4], *[0] * (LONGEST - 4)], np.int32), valid)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), skipped, plain))
     assert int(skipped[0][0]) == hash_of(ids[:4].tolist())
 
@@ -110,6 +116,6 @@ def test_token_that_is_not_recorded_changes_nothing():
 def test_lane_knows_whether_its_text_ends_in_a_letter(chunk):
     padded = np.zeros(LONGEST, np.int32)
     padded[: len(chunk)] = chunk
-    lane = chunk_hash(padded, np.arange(LONGEST) < len(chunk))[1]
+    lane = chunk_hash(VOCAB, padded, np.arange(LONGEST) < len(chunk))[1]
     text = b"".join(TEXTS[i] for i in chunk).decode()
     assert bool(lane.after_letter[0]) == (text[-1:].isascii() and text[-1:].isalpha())

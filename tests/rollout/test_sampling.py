@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from step_grpo.rollout.sampling import nucleus, sample, sample_key
 
 # Whole weights and shares in sixteenths, so that no sum is rounded and the reference can be exact.
-WEIGHTS = st.lists(st.integers(0, 4096), min_size=7, max_size=7).filter(any)
+WEIGHT = st.one_of(st.integers(0, 4), st.integers(0, 4096))
+WEIGHTS = st.lists(WEIGHT, min_size=7, max_size=7).filter(any)
 
 
 @given(weights=WEIGHTS, sixteenths=st.integers(1, 16))
