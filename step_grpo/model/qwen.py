@@ -105,7 +105,8 @@ def _check_sizes(cfg: QwenConfig) -> None:
             raise UserError(f"config.json: the model's {name} is {size!r}; it must be a positive integer")
     if cfg.heads % cfg.kv_heads:
         raise UserError(
-            f"config.json: {cfg.heads} num_attention_heads are no multiple of {cfg.kv_heads} num_key_value_heads"
+            f"config.json: num_attention_heads {cfg.heads} is not a multiple of"
+            f" num_key_value_heads {cfg.kv_heads}"
         )
     if cfg.head_dim % 2:
         raise UserError(f"config.json: head_dim {cfg.head_dim} is odd; rotary embedding needs an even one")
