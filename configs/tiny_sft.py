@@ -2,7 +2,7 @@
 
 A Qwen3 of one million weights learns chains of additions and subtractions together with the habit of checking
 itself again and again. Everything is generated (see step_grpo/data/arithmetic.py). The result,
-`workdir/sft/export`, ships as `step_grpo/assets/tiny`; it takes about half an hour on two cores.
+`workdir/sft/export`, ships as `step_grpo/assets/tiny`; it takes about a quarter of an hour on two cores.
 """
 
 from step_grpo.config import sft_config
@@ -10,7 +10,7 @@ from step_grpo.config import sft_config
 
 def get_config():
     config = sft_config()
-    config.steps = 1200
+    config.steps = 1500
     config.rows = 16
     config.row_length = 320
     config.learning_rate = 2e-3

@@ -46,9 +46,8 @@ def save(
     state: TrainState,
     described: Description,
     config: ConfigDict,
-    keep: int,
 ) -> Path:
-    """Writes the checkpoint of a step and removes all but the newest `keep`; returns its folder."""
+    """Writes the checkpoint of a step and removes all but the newest few; returns its folder."""
     folder = workdir / "checkpoints" / f"{progress.step:06d}"
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -60,7 +59,7 @@ def save(
     write_json(partial / RUN, json.loads(json.dumps(run)))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    for old in saved_steps(workdir)[:-keep]:
+    for old in saved_steps(workdir)[: -config.keep_checkpoints]:
         shutil.rmtree(old)
     return folder
 
@@ -108,8 +107,19 @@ def saved_steps(workdir: Path) -> list[Path]:
     return sorted(path for path in found if (path / RUN).is_file())
 
 
-def open_model(name: str | Path) -> tuple[Description, Params]:
-    """Loads a model for evaluation or export.
+@dataclass(frozen=True)
+class Opened:
+    """A model for evaluation or export, from wherever it came."""
+
+    described: Description
+    params: Params
+    folder: Path  # holds the tokenizer files
+    dtype: str  # to export in, unless told otherwise
+    settings: dict[str, Any]  # the config of the run that made it; empty where there was none
+
+
+def open_model(name: str | Path) -> Opened:
+    """Loads a model.
 
     Args:
         name: a run's workdir (its newest checkpoint), one of its checkpoints, a Hugging Face folder, a Hub
@@ -123,11 +133,13 @@ def open_model(name: str | Path) -> tuple[Description, Params]:
         folder = steps[-1]
     if (folder / RUN).is_file():
         described = read_description(folder / "model")
-        return described, _load(folder / "params", abstract_params(described.config))
+        params = _load(folder / "params", abstract_params(described.config))
+        settings = read_json(folder / RUN)["config"]
+        return Opened(described, params, folder / "model", settings["export_dtype"], settings)
     source = load_checkpoint(resolve_checkpoint(str(name), field="--checkpoint"))
     tokenizer = load_tokenizer(str(source.folder), where="--checkpoint")
     described = Description(source.config, source.hf_config, source.generation, source.eos_ids, tokenizer)
-    return described, load_params(source)
+    return Opened(described, load_params(source), source.folder, source.dtype, {})
 
 
 def read_description(folder: Path) -> Description:
@@ -147,5 +159,5 @@ def _load(path: Path, like: Any) -> Any:
     except Exception as error:  # Orbax raises types of many libraries for a damaged folder
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: this checkpoint does not load ({reason}); delete its folder to go on from the one before"
+            f"{path}: does not load ({reason}); delete its checkpoint to go on from the one before"
         ) from error

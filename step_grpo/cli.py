@@ -227,7 +227,7 @@ def _nearest(config: ConfigDict, path: str, group: str, parent: Any) -> str:
     if best:
         return "did you mean " + " or ".join(f"--config.{field}" for field in best) + "?"
     if not isinstance(parent, ConfigDict):
-        return f"{group} is a {type(parent).__name__}, not a group of fields"
+        return f"{group} is a value of type {type(parent).__name__}, not a group of fields"
     return f"{group} has {', '.join(sorted(parent))}"
 
 

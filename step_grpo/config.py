@@ -171,6 +171,8 @@ def runlocal(config: ConfigDict, *, model_type: str, tied: bool) -> ConfigDict:
     )
     config.data.update(data)
     config.eval.data.update({**data, "split": "test"})
+    if config.eval.data.source == "jsonl":
+        config.eval.data.name = str(Path(config.data.name).with_name("math.jsonl"))  # not the training file
     return config
 
 
@@ -184,7 +186,7 @@ def _tiny_architecture(model_type: str, tied: bool) -> dict[str, Any]:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
+        **({"head_dim": 8} if model_type == "qwen3" else {}),  # Qwen2's is width / heads
         "rope_theta": 1e6,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": tied,

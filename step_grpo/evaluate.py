@@ -37,10 +37,11 @@ def main(config: ConfigDict, checkpoint: str, workdir: Path = Path("workdir")) -
     validate(config)
     use_all_cores()
     mesh = make_mesh(config.rollout.lanes)
-    described, params = open_model(checkpoint)
+    opened = open_model(checkpoint)
+    described = opened.described
     prompts = evaluation_prompts(described, config)
     engine = evaluation_engine(described, config, mesh)
-    params = decode_ready(params, config.model.dtype, mesh)
+    params = decode_ready(opened.params, config.model.dtype, mesh)
     with Grader(config.reward.grading_workers, config.reward.grading_deadline) as grader:
         scored = evaluate(described, engine, params, prompts, config, grader, "evaluating")
     figures = summarise(scored)
@@ -57,7 +58,9 @@ def evaluation_prompts(described: Description, config: ConfigDict) -> list[Encod
     questions = load_questions(data, where="config.eval.data")
     count = config.eval.questions or len(questions)
     if count > len(questions):
-        raise UserError(f"config.eval.questions is {count}, but config.eval.data has {len(questions)} questions")
+        raise UserError(
+            f"config.eval.questions is {count}, but config.eval.data has {len(questions)} questions"
+        )
     chosen = [questions[i] for i in range(count)]
     prompts = encode_prompts(
         described.tokenizer,
@@ -66,7 +69,9 @@ def evaluation_prompts(described: Description, config: ConfigDict) -> list[Encod
         max_prompt_tokens=config.rollout.max_prompt_tokens,
     )
     if prompts.dropped:
-        print(f"{prompts.dropped} evaluation prompts are longer than config.rollout.max_prompt_tokens: left out")
+        print(
+            f"{prompts.dropped} evaluation prompts are longer than config.rollout.max_prompt_tokens: left out"
+        )
     if not prompts.kept:
         raise UserError("config.rollout.max_prompt_tokens: every evaluation prompt is longer; raise it")
     return prompts.kept

@@ -1,6 +1,6 @@
 """Writes a Hugging Face folder that transformers and vLLM load.
 
-`python -m step_grpo.export --checkpoint=FOLDER --out=FOLDER [--dtype=bfloat16]`
+`python -m step_grpo.export --checkpoint=WORKDIR --out=FOLDER [--dtype=bfloat16]`
 """
 
 import json
@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from step_grpo import cli
+from step_grpo.checkpoint import open_model
 from step_grpo.errors import UserError
 from step_grpo.model.qwen import Params
 from step_grpo.model.weights import (
     TOKENIZER_FILES,
     check_dtype,
-    load_checkpoint,
-    load_params,
     read_json,
-    resolve_checkpoint,
     save_params,
     write_json,
 )
@@ -41,9 +39,11 @@ def export(checkpoint: str | Path, out: str | Path, *, dtype: str | None = None)
     """Writes `checkpoint` as a Hugging Face folder.
 
     Args:
-        checkpoint: a Hugging Face folder, its Hub name, or `builtin:tiny`.
+        checkpoint: a run's workdir or one of its checkpoints, a Hugging Face folder, its Hub name, or
+            `builtin:tiny`.
         out: the folder to make; a previous export there is replaced.
-        dtype: "float32", "float16" or "bfloat16"; None keeps the stored one.
+        dtype: "float32", "float16" or "bfloat16"; None keeps the stored one, or
+            for a run the one of its config.
 
     Returns:
         `out`.
@@ -52,14 +52,14 @@ def export(checkpoint: str | Path, out: str | Path, *, dtype: str | None = None)
         UserError: the checkpoint does not load, or `out` holds something else than an export.
     """
     check_out(Path(out))
-    source = load_checkpoint(resolve_checkpoint(str(checkpoint), field="--checkpoint"))
+    source = open_model(checkpoint)
     return write_hf_folder(
         out,
-        load_params(source),
-        source.hf_config,
-        source.generation,
+        source.params,
+        source.described.hf_config,
+        source.described.generation,
         tokenizer_folder=source.folder,
-        card=_manifest(source.folder)["card"],
+        card={"settings": source.settings} if source.settings else _manifest(source.folder)["card"],
         dtype=dtype or source.dtype,
     )
 

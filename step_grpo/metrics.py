@@ -13,7 +13,7 @@ class MetricsWriter:
     def __init__(self, path: Path, first_step: int = 0):
         """Opens the file; lines of steps after `first_step`, left by a run that is resumed, are dropped."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        keep = [line for line in _lines(path) if line["step"] <= first_step] if first_step else []
+        keep = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
         path.write_text("".join(json.dumps(line) + "\n" for line in keep), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
@@ -34,8 +34,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of an earlier run; one cut short by a crash is not among them."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a `metrics.jsonl`; one cut short by a crash is not among them."""
     if not path.exists():
         return []
     found = []

@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 PLAIN_INTERVAL = 10.0  # seconds between two lines where there is no terminal
@@ -52,22 +59,30 @@ def progress_bar(title: str, total: int) -> Iterator[ProgressBar]:
 
 def show(value: float | str) -> str:
     """A figure in few characters."""
-    if isinstance(value, str) or isinstance(value, int):
+    if isinstance(value, str | int):
         return str(value)
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
-def closing_table(before: Mapping[str, Any], after: Mapping[str, Any], exits: Mapping[str, float]) -> Table:
-    """The figures of two evaluations side by side, and how the rollouts of the last step ended."""
+def evaluation_table(
+    evaluations: Mapping[str, Mapping[str, Any]], exits: Mapping[str, float] | None = None
+) -> Table:
+    """The figures of evaluations side by side.
+
+    Args:
+        evaluations: column title -> what `evaluate.summarise` returns.
+        exits: share of the training rollouts that left the thinking for each reason.
+    """
     table = Table(title="Plain sampling on held-out questions")
-    for column in ("", "before", "after"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, row in _rows(before, after):
+    table.add_column("")
+    for title in evaluations:
+        table.add_column(title, justify="right")
+    for name, row in _rows(*evaluations.values()):
         table.add_row(name, *row)
     if exits:
         table.add_section()
-        ends = ", ".join(f"{reason} {share:.0%}" for reason, share in exits.items() if share)
-        table.add_row("exits while training", "", ends)
+        ends = ", ".join(f"{reason} {share:.0%}" for reason, share in exits.items())
+        table.add_row("exits in training", *[""] * (len(evaluations) - 1), ends)
     return table
 
 

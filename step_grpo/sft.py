@@ -16,7 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 from step_grpo import cli
-from step_grpo.data.arithmetic import Habits, draw_problem, over_thinking
+from step_grpo.data.arithmetic import Habits, Problem, draw_problem, over_thinking
 from step_grpo.data.prompts import encode_prompts
 from step_grpo.data.sources import Question
 from step_grpo.data.tiny_tokenizer import build_tokenizer
@@ -37,16 +37,21 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/sft")) -> None:
     started = time.monotonic()
     use_all_cores()
     tokenizer = build_tokenizer()
-    described, params = random_model(dict(config.architecture), tokenizer, config.seed)
+    described, params = random_model(config.architecture.to_dict(), tokenizer, config.seed)
     optimizer = make_optimizer(config)
     step_fn = jax.jit(partial(train_step, described.config, config.dtype, optimizer), donate_argnums=(0, 1))
     devices = make_mesh(config.rows)
     params = jax.device_put(params, replicated(devices))
     opt_state = jax.jit(optimizer.init)(params)
     batches = corpus_batches(config, tokenizer)
-    with MetricsWriter(workdir / "metrics.jsonl") as metrics, progress_bar("fine-tuning", config.steps) as bar:
+    with (
+        MetricsWriter(workdir / "metrics.jsonl") as metrics,
+        progress_bar("fine-tuning", config.steps) as bar,
+    ):
         for step in range(config.steps):
-            params, opt_state, loss = step_fn(params, opt_state, jax.device_put(next(batches), over_data(devices)))
+            params, opt_state, loss = step_fn(
+                params, opt_state, jax.device_put(next(batches), over_data(devices))
+            )
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 figures = {"loss": float(loss), "seconds": time.monotonic() - started}
                 metrics.write(step + 1, figures)
@@ -100,7 +105,7 @@ def corpus_batches(config: ConfigDict, tokenizer: Any) -> Iterator[PackedBatch]:
     rng = np.random.default_rng(config.seed)
     habits = Habits()
     while True:
-        problems = []
+        problems: list[Problem] = []
         while len(problems) < CORPUS_BLOCK:
             problem = draw_problem(rng)
             if problem.split == "train":

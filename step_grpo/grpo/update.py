@@ -54,7 +54,7 @@ class Measurements(NamedTuple):
     sampler_gap_rms: jax.Array
     grad_norm: jax.Array
     update_norm: jax.Array
-    tokens: jax.Array
+    trained_tokens: jax.Array
 
 
 class Update(NamedTuple):
@@ -204,5 +204,5 @@ def _apply(
         sampler_gap_rms=jnp.sqrt(means.sampler_gap_squared),
         grad_norm=optax.tree.norm(grads),
         update_norm=jnp.where(trained, optax.tree.norm(updates), 0.0),
-        tokens=sums.tokens,
+        trained_tokens=sums.tokens,
     )

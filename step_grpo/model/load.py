@@ -49,7 +49,7 @@ def load_model(config: ConfigDict, seed: int) -> tuple[Description, Params]:
         )
         check_vocabulary(described)
         return described, load_params(checkpoint)
-    return random_model(dict(config.architecture), load_tokenizer(config.tokenizer), seed)
+    return random_model(config.architecture.to_dict(), load_tokenizer(config.tokenizer), seed)
 
 
 def random_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> tuple[Description, Params]:

@@ -51,43 +51,62 @@ class RolloutStats:
     prefilled: int  # prompt tokens, padding included
 
 
-@dataclass(frozen=True)
 class RolloutEngine:
     """Makes completions of prompts; knows nothing of rewards.
 
     A completion depends on the parameters, its prompt, its sample number and the key alone: not on the
-    number of lanes, nor on what runs beside it.
+    number of lanes, nor on what runs beside it. Each device runs lanes of its own; nothing passes between
+    devices.
     """
 
-    cfg: qwen.QwenConfig
-    machine: Machine
-    vocab: Vocabulary
-    lanes: int  # over all devices, a multiple of their number
-    max_prompt: int
-    dtype: Any
-    mesh: Mesh
+    def __init__(
+        self,
+        cfg: qwen.QwenConfig,
+        machine: Machine,
+        vocab: Vocabulary,
+        *,
+        lanes: int,
+        max_prompt: int,
+        dtype: Any,
+        mesh: Mesh,
+    ):
+        """Prepares the programs; they compile when first used.
 
-    def __post_init__(self):
-        """Builds the programs; each device runs its own lanes, and nothing passes between devices."""
-        lanes, everywhere = PartitionSpec("data"), PartitionSpec()
+        Args:
+            cfg: architecture.
+            machine: settings of the rollout.
+            vocab: token tables.
+            lanes: completions made at a time, over all devices; a multiple of their number.
+            max_prompt: tokens of the longest prompt.
+            dtype: of the cache.
+            mesh: with one axis, `data`.
+        """
+        self.machine, self.vocab, self.lanes, self.max_prompt, self.mesh = (
+            machine,
+            vocab,
+            lanes,
+            max_prompt,
+            mesh,
+        )
+        local, all_ = PartitionSpec("data"), PartitionSpec()
 
-        def shard(function, in_specs, out_specs, donate=()):
+        def program(function, in_specs, out_specs, donate=()):
             sharded = jax.shard_map(
-                function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+                function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
             )
             return jax.jit(sharded, donate_argnums=donate)
 
-        local = self.lanes // self.mesh.size
-        empty = partial(decode.empty_state, self.cfg, self.machine, local, self.capacity, self.dtype)
-        refill = partial(decode.refill, self.cfg)
-        segment = partial(decode.decode_segment, self.cfg, self.machine)
-        programs = {
-            "_empty": shard(empty, (), lanes),
-            "_refill": shard(refill, (everywhere, lanes, everywhere, everywhere, lanes, lanes, lanes), lanes, (1,)),
-            "_segment": shard(segment, (everywhere,) * 3 + (lanes,) + (everywhere,) * 2, (lanes, lanes), (3,)),
-        }
-        for name, program in programs.items():
-            object.__setattr__(self, name, program)
+        empty = partial(decode.empty_state, cfg, machine, lanes // mesh.size, self.capacity, dtype)
+        self._empty = program(empty, (), local)
+        self._refill = program(
+            partial(decode.refill, cfg), (all_, local, all_, all_, local, local, local), local, donate=1
+        )
+        self._segment = program(
+            partial(decode.decode_segment, cfg, machine),
+            (all_, all_, all_, local, all_, all_),
+            (local, local),
+            donate=3,
+        )
 
     @property
     def capacity(self) -> int:
@@ -133,13 +152,20 @@ class RolloutEngine:
             live = sum(o is not None for o in owner)
             stop_live = max(live - max(1, self.lanes // REFILL_SHARE), 0) if queue else 0
             state, taken = self._segment(
-                params, self.vocab, run_key, state, jnp.int32(SEGMENT_STEPS), jnp.int32(stop_live // self.mesh.size)
+                params,
+                self.vocab,
+                run_key,
+                state,
+                jnp.int32(SEGMENT_STEPS),
+                jnp.int32(stop_live // self.mesh.size),
             )
             steps += int(np.sum(taken))
             finished += harvest(state, owner)
             on_progress(len(finished))
         finished.sort(key=lambda c: (c.prompt, c.sample))
-        stats = RolloutStats(time.monotonic() - started, steps, steps * self.lanes // self.mesh.size, prefilled)
+        stats = RolloutStats(
+            time.monotonic() - started, steps, steps * self.lanes // self.mesh.size, prefilled
+        )
         return finished, stats
 
     def _fill(self, params, state, prompts, queue, owner):
@@ -247,9 +273,9 @@ def build_engine(
     texts = token_bytes(tokenizer, described.config.vocab_size)
     vocab = build_vocabulary(texts, tuple(config.triggers))
     return RolloutEngine(
-        cfg=described.config,
-        machine=machine,
-        vocab=jax.device_put(vocab, replicated(mesh)),
+        described.config,
+        machine,
+        jax.device_put(vocab, replicated(mesh)),
         lanes=config.lanes,
         max_prompt=config.max_prompt_tokens,
         dtype=jnp.dtype(dtype),

@@ -224,7 +224,7 @@ def test_update_without_a_trained_token_changes_nothing(update):
     grads, sums = gradient(update, state.params, train_batches(update, samples, rows=2))
     state, measured = update.apply(state, grads, sums)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, state), before)
-    assert measured.tokens == measured.update_norm == measured.loss == 0
+    assert measured.trained_tokens == measured.update_norm == measured.loss == 0
     assert all(np.isfinite(value) for value in measured)
 
 

@@ -1,0 +1,227 @@
+import ast
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+import step_grpo
+from step_grpo.cli import leaf_fields, load_config
+from step_grpo.config import base_config, validate
+from step_grpo.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+REAL = sorted([*ROOT.glob("configs/qwen3_*.py"), *ROOT.glob("configs/r1_distill_*.py")])
+# sft and study configs have fields of their own
+RUNS = sorted([*REAL, *ROOT.glob("configs/tiny.py")])
+
+# METHOD, section 4 and the defaults of sections 1 to 3
+PAPER = {
+    "steps": 100,
+    "prompts_per_step": 512,
+    "grpo.prompts_per_update": 128,
+    "rollout.samples": 5,
+    "rollout.delta": 0.95,
+    "rollout.max_prompt_tokens": 2048,
+    "rollout.max_response_tokens": 16384,
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "rollout.triggers": ("Wait",),
+    "rollout.inducing_prompt": "\n**Final Answer**\n\\boxed",
+    "rollout.think_ratio": 0.9,
+    "rollout.max_probes": 10,
+    "rollout.max_probe_tokens": 20,
+    "rollout.budget_margin": 50,
+    "rollout.max_repetitions": 3,
+    "reward.alpha": 0.9,
+    "reward.beta": 0.5,
+    "grpo.learning_rate": 1e-6,
+    "grpo.b1": 0.9,
+    "grpo.b2": 0.999,
+    "grpo.weight_decay": 1e-2,
+    "grpo.grad_clip": 1.0,
+    "grpo.clip_low": 0.2,
+    "grpo.clip_high": 0.3,
+    "grpo.dual_clip": 3.0,
+    "grpo.kl_coef": 1e-2,
+    "eval.temperature": 0.6,
+    "eval.top_p": 0.95,
+    "data.instruction": " Please reason step by step, and put your final answer within \\boxed{}.",
+}
+
+
+def get(config: ConfigDict, path: str):
+    for name in path.split("."):
+        config = config[name]
+    return config
+
+
+def changed(fields: dict) -> ConfigDict:
+    config = base_config()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_config_loads_locked_and_valid(path):
+    config = load_config(str(path))
+    validate(config)
+    assert config.is_locked and config.rollout.is_locked and config.data.is_locked
+    with pytest.raises(UserError, match="unknown argument 'typo'"):
+        load_config(f"{path}:typo")
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_real_config_has_the_papers_settings(path):
+    config = load_config(str(path))
+    assert {field: get(config, field) for field in PAPER} == PAPER
+    assert config.rollout.strict == path.stem.startswith("qwen3")
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("data", ["/some/folder", None])
+def test_runlocal_is_valid_small_and_of_the_same_family(path, data, monkeypatch):
+    if data:
+        monkeypatch.setenv("STEP_GRPO_TEST_DATA", data)
+    else:
+        monkeypatch.delenv("STEP_GRPO_TEST_DATA", raising=False)
+    full, small = load_config(str(path)), load_config(f"{path}:runlocal")
+    validate(small)
+    assert small.is_locked and small.data.is_locked
+    family = "qwen3" if path.stem.startswith("qwen3") else "qwen2"
+    assert small.model.architecture.model_type == family
+    assert small.model.architecture.hidden_size <= 64 and small.model.architecture.num_hidden_layers == 2
+    assert small.steps == 2 and small.model.dtype == "float32"
+    assert small.model.tokenizer == ("/some/folder/qwen3_tokenizer" if data else full.model.checkpoint)
+    assert small.data.name == ("/some/folder/benchmarks/gsm8k.jsonl" if data else "openai/gsm8k")
+    assert small.eval.data.split == "test"
+    # what the method is stays as it is
+    for field in ("exit", "delta", "strict", "triggers", "inducing_prompt"):
+        assert small.rollout[field] == full.rollout[field]
+    assert small.reward == full.reward
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+def test_runlocal_architecture_makes_a_checkpoint_of_its_family(family):
+    weights = pytest.importorskip("step_grpo.model.weights")
+    name = {"qwen3": "qwen3_8b", "qwen2": "r1_distill_qwen_7b"}[family]
+    config = load_config(f"{ROOT / 'configs' / name}.py:runlocal")
+    hf_config, params = weights.random_checkpoint(config.model.architecture.to_dict(), seed=0)
+    assert hf_config["model_type"] == family
+    assert params["embed_VD"].shape == (151936, 32)
+    assert params["layers"]["wq_DNH"].shape == (2, 32, 4, 8)
+
+
+def test_every_field_is_read_by_the_program():
+    read = set()
+    for path in Path(step_grpo.__file__).parent.rglob("*.py"):
+        if path.name != "config.py":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    unread = [field for field in leaf_fields(base_config()) if field.rpartition(".")[2] not in read]
+    assert not unread, f"config fields that nothing reads: {unread}"
+
+
+WRONG = {
+    "seed": -1,
+    "steps": 0,
+    "prompts_per_step": 0,
+    "save_every": 0,
+    "keep_checkpoints": 0,
+    "export_dtype": "int8",
+    "model.dtype": "float64",
+    "model.checkpoint": "",
+    "data.source": "csv",
+    "data.name": "",
+    "data.bad_rows": "ignore",
+    "data.prompt_column": "a..b",
+    "data.answer_column": "",
+    "eval.data.source": "csv",
+    "rollout.samples": 1,
+    "rollout.lanes": 0,
+    "rollout.max_prompt_tokens": 0,
+    "rollout.max_response_tokens": 0,
+    "rollout.temperature": 0.0,
+    "rollout.top_p": 0.0,
+    "rollout.exit": "confident",
+    "rollout.delta": 1.01,
+    "rollout.triggers": (),
+    "rollout.inducing_prompt": "",
+    "rollout.think_ratio": 1.5,
+    "rollout.max_probes": -1,
+    "rollout.max_probe_tokens": 1,
+    "rollout.budget_margin": -1,
+    "rollout.max_repetitions": 0,
+    "reward.name": "steps",
+    "reward.alpha": 1.1,
+    "reward.beta": -0.1,
+    "reward.baseline": "none",
+    "reward.length_penalty": -1.0,
+    "reward.grading_workers": 0,
+    "reward.grading_deadline": 0.0,
+    "grpo.prompts_per_update": 100,
+    "grpo.learning_rate": float("nan"),
+    "grpo.b1": 1.0,
+    "grpo.b2": -0.1,
+    "grpo.weight_decay": -1.0,
+    "grpo.grad_clip": 0.0,
+    "grpo.clip_low": 1.0,
+    "grpo.clip_high": float("inf"),
+    "grpo.dual_clip": 1.0,
+    "grpo.kl_coef": -1.0,
+    "grpo.old_logprobs": "rollout",
+    "grpo.row_length": 18431,
+    "grpo.rows": 0,
+    "grpo.logprob_chunk": 0,
+    "eval.questions": -1,
+    "eval.temperature": -0.1,
+    "eval.top_p": 1.1,
+    "eval.max_response_tokens": 0,
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_wrong_value_names_field_and_value(field):
+    with pytest.raises(UserError) as caught:
+        validate(changed({field: WRONG[field]}))
+    assert f"config.{field} " in str(caught.value)
+    if WRONG[field] != "":
+        assert str(WRONG[field]) in str(caught.value)
+
+
+# Texts that may be anything, switches, and fields with a rule of their own below.
+FREE = {
+    *(f"{data}.{name}" for data in ("data", "eval.data") for name in ("subset", "split", "answer_pattern")),
+    *(f"{data}.{name}" for data in ("data", "eval.data") for name in ("instruction", "count")),
+    *(f"eval.data.{name}" for name in ("name", "bad_rows", "prompt_column", "answer_column")),
+    *("model.tokenizer", "model.architecture", "rollout.strict", "grpo.train_forced_tokens"),
+}
+
+
+def test_every_constrained_field_has_a_wrong_value_above():
+    assert set(leaf_fields(base_config())) == set(WRONG) | FREE
+
+
+def test_checkpoint_and_architecture_exclude_each_other():
+    architecture = {"model_type": "qwen3"}
+    config = base_config()
+    config.model.architecture = ConfigDict(architecture)
+    with pytest.raises(UserError, match="are both set"):
+        validate(config)
+    config.model.checkpoint = ""
+    with pytest.raises(UserError, match=r"config\.model\.tokenizer"):
+        validate(config)
+    config.model.tokenizer = "folder"
+    validate(config)
+    config.model.architecture = ConfigDict({"model_type": "llama"})
+    with pytest.raises(UserError, match=r"architecture\.model_type is 'llama'"):
+        validate(config)
+
+
+def test_generated_problems_need_a_count_and_no_name():
+    validate(changed({"data.source": "arithmetic", "data.name": ""}))
+    with pytest.raises(UserError, match=r"config\.data\.count is 0"):
+        validate(changed({"data.source": "arithmetic", "data.count": 0}))
+
+
+def test_greedy_evaluation_is_allowed():
+    validate(changed({"eval.temperature": 0.0}))
