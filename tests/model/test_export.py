@@ -267,7 +267,8 @@ def test_failure_leaves_the_previous_export_and_no_debris(folder, tmp_path, monk
 
 def test_missing_tokenizer_is_named(folder, tmp_path):
     (folder / "tokenizer.json").unlink()
-    assert "tokenizer.json is missing" in refusal(export, folder, tmp_path / "out")
+    assert "tokenizer.json" in refusal(export, folder, tmp_path / "out")
+    assert "tokenizer.json is missing" in refusal(write, tmp_path / "out", folder)
     assert not (tmp_path / "out").exists()
 
 

@@ -360,8 +360,11 @@ def resolve_in_a_process(tmp_path, **environment) -> tuple[str, float]:
         "except UserError as error: print(error)\n"
         "print(time.monotonic() - start)"
     )
-    env = {**os.environ, "HF_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", **environment}
-    env = {name: value for name, value in env.items() if not name.lower().endswith("_proxy")}
+    ours = {
+        n: v for n, v in os.environ.items() if not n.startswith("HF_") and not n.lower().endswith("_proxy")
+    }
+    ours.pop("TRANSFORMERS_OFFLINE", None)
+    env = {**ours, "HF_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", **environment}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     message, seconds = run.stdout.splitlines()
     return message, float(seconds)
