@@ -297,6 +297,7 @@ def test_saving_again_in_the_other_form_leaves_no_stale_weights(folder, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(source.hf_config))
     for weights_now, limit in ((params, 2**30), (other, 20_000), (params, 2**30)):
         save_params(weights_now, source.hf_config, tmp_path, dtype="float32", max_shard_bytes=limit)
+        assert (tmp_path / INDEX).exists() != (tmp_path / "model.safetensors").exists()
         jax.tree.map(np.testing.assert_array_equal, load_params(load_checkpoint(tmp_path)), weights_now)
 
 
