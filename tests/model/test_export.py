@@ -241,7 +241,11 @@ def test_what_is_no_export_is_never_overwritten(folder, tmp_path, kind):
     elif kind in ("link", "dangling"):
         out.symlink_to(folder if kind == "link" else tmp_path / "nowhere")
     before = contents(out) if out.is_dir() else None
-    assert str(out) in refusal(export, folder, out)
+    message = refusal(export, folder, out)
+    assert str(out) in message
+    assert (
+        "no previous export" if out.is_dir() and not out.is_symlink() else "is a file or a link"
+    ) in message
     assert before == (contents(out) if out.is_dir() else None)
 
 

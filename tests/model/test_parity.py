@@ -48,11 +48,12 @@ def test_every_weight_of_every_layer_reaches_the_logits(checkpoint_of, family):
     params, cfg = load(checkpoint_of(family))
     tokens = random_tokens(1, 9)
     base = our_logits(params, cfg, tokens)
+    params = jax.tree.map(np.asarray, params)
     leaves, tree = jax.tree.flatten(params)
     for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
-        stacked = path[0].key == "layers"
-        for layer in range(cfg.layers if stacked else 1):
-            changed = leaf.at[layer].set(leaf[layer, ..., ::-1]) if stacked else leaf[..., ::-1]
+        for layer in range(cfg.layers) if path[0].key == "layers" else [...]:
+            changed = leaf.copy()
+            changed[layer] = leaf[layer][..., ::-1]
             found = our_logits(
                 jax.tree.unflatten(tree, [*leaves[:i], changed, *leaves[i + 1 :]]), cfg, tokens
             )

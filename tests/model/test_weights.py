@@ -297,6 +297,7 @@ def test_saving_again_in_the_other_form_leaves_no_stale_weights(folder, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(source.hf_config))
     for weights_now, limit in ((params, 2**30), (other, 20_000), (params, 2**30)):
         save_params(weights_now, source.hf_config, tmp_path, dtype="float32", max_shard_bytes=limit)
+        assert (tmp_path / INDEX).exists() != (tmp_path / "model.safetensors").exists()
         jax.tree.map(np.testing.assert_array_equal, load_params(load_checkpoint(tmp_path)), weights_now)
 
 
@@ -360,9 +361,11 @@ def resolve_in_a_process(tmp_path, **environment) -> tuple[str, float]:
         "except UserError as error: print(error)\n"
         "print(time.monotonic() - start)"
     )
-    online = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    env = {**os.environ, **online, "JAX_PLATFORMS": "cpu", **environment}
-    env = {name: value for name, value in env.items() if not name.lower().endswith("_proxy")}
+    ours = {
+        n: v for n, v in os.environ.items() if not n.startswith("HF_") and not n.lower().endswith("_proxy")
+    }
+    ours.pop("TRANSFORMERS_OFFLINE", None)
+    env = {**ours, "HF_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", **environment}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     message, seconds = run.stdout.splitlines()
     return message, float(seconds)
