@@ -171,6 +171,8 @@ def runlocal(config: ConfigDict, *, model_type: str, tied: bool) -> ConfigDict:
     )
     config.data.update(data)
     config.eval.data.update({**data, "split": "test"})
+    if config.eval.data.source == "jsonl":
+        config.eval.data.name = str(Path(config.data.name).with_name("math.jsonl"))  # not the training file
     return config
 
 
@@ -355,3 +357,24 @@ def _check_eval(evaluation: ConfigDict) -> None:
     _at_least(0, evaluation, where, "questions", "temperature")  # temperature 0 is greedy
     _at_least(1, evaluation, where, "max_response_tokens")
     _share(evaluation, where, "top_p")
+
+
+def sft_config() -> ConfigDict:
+    """Supervised fine-tuning on the arithmetic corpus (`step_grpo.sft`)."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 1000
+    config.rows = 16  # packed rows a step
+    config.row_length = 320  # tokens a row
+    config.learning_rate = 1e-3
+    config.warmup_steps = 100
+    config.b1 = 0.9
+    config.b2 = 0.98
+    config.weight_decay = 1e-2
+    config.grad_clip = 1.0
+    config.dtype = "float32"
+    config.log_every = 20
+    config.export_dtype = "bfloat16"
+    config.architecture = ConfigDict()
+    config.instruction = data_config().instruction
+    return config.lock()

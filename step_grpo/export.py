@@ -1,28 +1,24 @@
 """Writes a Hugging Face folder that transformers and vLLM load.
 
-`python -m step_grpo.export --checkpoint=FOLDER --out=FOLDER [--dtype=bfloat16]`
+`python -m step_grpo.export --checkpoint=WORKDIR --out=FOLDER [--dtype=bfloat16]`
 """
 
 import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
+from step_grpo import cli
+from step_grpo.checkpoint import open_model
 from step_grpo.errors import UserError
 from step_grpo.model.qwen import Params
 from step_grpo.model.weights import (
     TOKENIZER_FILES,
     check_dtype,
-    load_checkpoint,
-    load_params,
     read_json,
-    resolve_checkpoint,
     save_params,
     write_json,
 )
@@ -43,9 +39,11 @@ def export(checkpoint: str | Path, out: str | Path, *, dtype: str | None = None)
     """Writes `checkpoint` as a Hugging Face folder.
 
     Args:
-        checkpoint: a Hugging Face folder, its Hub name, or `builtin:tiny`.
+        checkpoint: a run's workdir or one of its checkpoints, a Hugging Face folder, its Hub name, or
+            `builtin:tiny`.
         out: the folder to make; a previous export there is replaced.
-        dtype: "float32", "float16" or "bfloat16"; None keeps the stored one.
+        dtype: "float32", "float16" or "bfloat16"; None keeps the stored one, or
+            for a run the one of its config.
 
     Returns:
         `out`.
@@ -54,14 +52,14 @@ def export(checkpoint: str | Path, out: str | Path, *, dtype: str | None = None)
         UserError: the checkpoint does not load, or `out` holds something else than an export.
     """
     check_out(Path(out))
-    source = load_checkpoint(resolve_checkpoint(str(checkpoint), field="checkpoint"))
+    source = open_model(checkpoint)
     return write_hf_folder(
         out,
-        load_params(source),
-        source.hf_config,
-        source.generation,
+        source.params,
+        source.described.hf_config,
+        source.described.generation,
         tokenizer_folder=source.folder,
-        card=_manifest(source.folder)["card"],
+        card={"settings": source.settings} if source.settings else _manifest(source.folder)["card"],
         dtype=dtype or source.dtype,
     )
 
@@ -150,8 +148,8 @@ def model_card(card: Mapping[str, Any], hf_config: Mapping[str, Any]) -> str:
     parts = [
         FRONT_MATTER,
         f"# {escape(hf_config['architectures'][0])} written by step_grpo",
-        "Step-GRPO ([arXiv 2604.16890](https://arxiv.org/abs/2604.16890)) trains a reasoning model to stop when"
-        " it has the answer; inference is plain sampling with this folder's tokenizer and chat template.",
+        "Step-GRPO ([arXiv 2604.16890](https://arxiv.org/abs/2604.16890)) trains a reasoning model to stop"
+        " when it has the answer; inference is plain sampling with the tokenizer and chat template here.",
         f"Weights are stored in {escape(hf_config['dtype'])}.",
         *_section("Measured", ("figure", "before", "after"), compared),
         *_section("" if compared else "Measured", ("figure", "value"), flatten(measured)),
@@ -220,26 +218,10 @@ def _replace(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def main(argv: list[str]) -> int:
-    """The command line; returns the exit code."""
-    values = flags.FlagValues()
-    flags.DEFINE_string("checkpoint", "", "Hugging Face folder, Hub name or builtin:tiny", flag_values=values)
-    flags.DEFINE_string("out", "", "the folder to make", flag_values=values)
-    flags.DEFINE_string(
-        "dtype", None, "float32, float16 or bfloat16 (default: as stored)", flag_values=values
-    )
-    try:
-        if rest := values(argv)[1:]:
-            raise UserError(f"{rest[0]!r} is not a flag; usage: --checkpoint=... --out=... [--dtype=...]")
-        for name in ("checkpoint", "out"):
-            if not values[name].value:
-                raise UserError(f"--{name} is missing; usage: --checkpoint=... --out=... [--dtype=...]")
-        print(export(values.checkpoint, values.out, dtype=values.dtype))
-    except (UserError, flags.Error) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+def main(checkpoint: str, out: Path, dtype: str = "") -> None:
+    """The command line; an empty dtype keeps the stored one."""
+    print(export(checkpoint, out, dtype=dtype or None))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    cli.run(main)

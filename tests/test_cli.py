@@ -101,7 +101,10 @@ MISTAKES = {
     "config raises": (("--config=tiny.py:raises",), "tiny.py, line 9: ZeroDivisionError"),
     "config refuses": (("--config=tiny.py:refused",), "unknown argument 'refused'"),
     "no get_config": (("--config=empty.py",), "empty.py: AttributeError"),
-    "takes no argument": (("--config=noarg.py:x",), "noarg.py: TypeError"),
+    "takes no argument": (
+        ("--config=noarg.py:x",),
+        "noarg.py takes no argument; leave out the colon and 'x'",
+    ),
     "not a config": (("--config=tiny.py:other",), "returns dict, not a ConfigDict"),
     "typo in a field": (
         ("--config=tiny.py", "--config.group.lerning_rate=1"),

@@ -47,8 +47,8 @@ class Problem:
 class Habits:
     """How the corpus thinks: probabilities, each of one decision."""
 
-    slip: float = 0.3  # a step with a carry or a borrow forgets it
-    slip_in_check: float = 0.1  # likewise inside a check
+    slip: float = 0.22  # a step with a carry or a borrow forgets it
+    slip_in_check: float = 0.08  # likewise inside a check
     check_early: float = 0.12  # a check between two steps
     check_on: float = 0.75  # one more check after the last step
     check_on_slip: float = 0.82  # the same while a slip stands

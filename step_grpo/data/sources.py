@@ -48,20 +48,21 @@ class Questions:
     def __iter__(self) -> Iterator[Question]:
         return iter(self.items)
 
-    def take(self, cursor: int, n: int, seed: int) -> tuple[list[Question], int]:
-        """The next `n` questions and the cursor behind them.
 
-        The cursor counts questions since the start of training. Each epoch is a permutation of its own, and
-        a batch may straddle epochs; every epoch holds each question exactly once.
-        """
-        picked: list[Question] = []
-        position, end = cursor, cursor + n
-        while position < end:
-            epoch, start = divmod(position, len(self.items))
-            order = epoch_order(len(self.items), seed, epoch)[start : start + end - position]
-            picked += [self.items[i] for i in order]
-            position += len(order)
-        return picked, end
+def take(size: int, cursor: int, count: int, seed: int) -> tuple[list[int], int]:
+    """Indices of the next `count` of `size` questions, and the cursor behind them.
+
+    The cursor counts questions since the start of training; it is all that resuming needs. Each epoch is a
+    permutation of its own and holds every question exactly once; a batch may straddle epochs.
+    """
+    picked: list[int] = []
+    position, end = cursor, cursor + count
+    while position < end:
+        epoch, start = divmod(position, size)
+        order = epoch_order(size, seed, epoch)[start : start + end - position]
+        picked += order.tolist()
+        position += len(order)
+    return picked, end
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:

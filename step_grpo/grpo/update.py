@@ -54,15 +54,15 @@ class Measurements(NamedTuple):
     sampler_gap_rms: jax.Array
     grad_norm: jax.Array
     update_norm: jax.Array
-    tokens: jax.Array
+    trained_tokens: jax.Array
 
 
 class Update(NamedTuple):
     """Jitted pure functions of one training run; each compiles once for one shape of batch.
 
     Attributes:
-        init: params -> TrainState at step 0, which holds these very buffers: what must outlive `apply`, such as
-            the params of the reference, needs a copy.
+        init: params -> TrainState at step 0, which holds these very buffers. `apply` gives them away: keep a
+            copy of what must outlive it, such as the params of the reference.
         start: params -> (grads, sums), all zero, to accumulate into.
         logprobs: (params, packed batch) -> TokenLogprobs of its targets; also for the reference's params.
         accumulate: (params, grads, sums, batch) -> (grads, sums) with the sums of one micro-batch added;
@@ -204,5 +204,5 @@ def _apply(
         sampler_gap_rms=jnp.sqrt(means.sampler_gap_squared),
         grad_norm=optax.tree.norm(grads),
         update_norm=jnp.where(trained, optax.tree.norm(updates), 0.0),
-        tokens=sums.tokens,
+        trained_tokens=sums.tokens,
     )

@@ -102,10 +102,10 @@ def _check_sizes(cfg: QwenConfig) -> None:
     for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn"):
         size = getattr(cfg, name)
         if type(size) is not int or size < 1:
-            raise UserError(f"config.json: the {name} of the model is {size!r}; it must be a positive integer")
+            raise UserError(f"config.json: the model's {name} is {size!r}; it must be a positive integer")
     if cfg.heads % cfg.kv_heads:
         raise UserError(
-            f"config.json: num_attention_heads {cfg.heads} is no multiple of num_key_value_heads {cfg.kv_heads}"
+            f"config.json: {cfg.heads} attention heads are no multiple of {cfg.kv_heads} key/value heads"
         )
     if cfg.head_dim % 2:
         raise UserError(f"config.json: head_dim {cfg.head_dim} is odd; rotary embedding needs an even one")
@@ -190,7 +190,12 @@ def unembed(params: Params, x: jax.Array) -> jax.Array:
 
 
 def forward(
-    params: Params, cfg: QwenConfig, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, dtype
+    params: Params,
+    cfg: QwenConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    dtype,
 ) -> jax.Array:
     """Hidden states after the final norm, `[B, T, D]`, of packed rows.
 
@@ -216,7 +221,7 @@ def forward(
 
 
 def prefill(params: Params, cfg: QwenConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> Cache:
-    """Runs prompts of `lengths_B` tokens, padded on the right to `T`; returns a cache `[B, K, T, H]` a layer."""
+    """Runs prompts of `lengths_B` tokens, padded on the right to `T`: a cache `[B, K, T, H]` a layer."""
     B, T = tokens_BT.shape
     at_T = jnp.arange(T)
     mask_BTS = (at_T[:, None] >= at_T[None, :]) & (at_T < lengths_B[:, None])[:, None, :]
@@ -248,10 +253,10 @@ def decode(
 
     x_B1D = params["embed_VD"][tokens_B][:, None]
     new_cache = []
-    for weights, kv in zip(params["layers"], cache, strict=True):
+    for weights, held in zip(params["layers"], cache, strict=True):
 
-        def append(q_B1NH, k_B1KH, v_B1KH, kv=kv):
-            kv = write_token(kv, k_B1KH[:, 0], v_B1KH[:, 0], length_B)
+        def append(q_B1NH, k_B1KH, v_B1KH, held=held):
+            kv = write_token(held, k_B1KH[:, 0], v_B1KH[:, 0], length_B)
             return attend(q_B1NH, kv.k, kv.v, mask_B1S), kv
 
         x_B1D, kv = layer(cfg, weights, x_B1D, rope, append)

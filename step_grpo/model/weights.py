@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from safetensors.numpy import save_file
 
 import step_grpo
 from step_grpo.errors import UserError
+from step_grpo.hub import offline
 from step_grpo.model.qwen import Params, QwenConfig, abstract_params, config_from_hf, init_params
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,7 +40,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-HUB_TIMEOUT = 10.0  # seconds until an unreachable Hub counts as offline
 
 
 class Rule(NamedTuple):
@@ -131,7 +132,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         config=config,
         hf_config=hf_config,
         generation=generation,
-        eos_ids=_eos_ids(generation, hf_config),
+        eos_ids=eos_ids_of(generation, hf_config),
         folder=folder,
         dtype=_check_tensors(files, config),
         files=files,
@@ -158,7 +159,8 @@ def load_params(checkpoint: Checkpoint, *, place: Callable[[np.ndarray], jax.Arr
 
         for rule in _rules(cfg):
             branch = params["layers"] if _is_stacked(rule) else params
-            branch[rule.ours] = place(_host_weight(rule, cfg, read))  # and nothing else holds it
+            # waiting frees the host array before the next one is made
+            branch[rule.ours] = jax.block_until_ready(place(_host_weight(rule, cfg, read)))
     return params
 
 
@@ -288,27 +290,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _snapshot(name: str, field: str) -> Path:
     """Downloads `org/name`, or finds it in the cache."""
-    from huggingface_hub import HfApi, errors, snapshot_download  # noqa: PLC0415
+    from huggingface_hub import errors, snapshot_download  # noqa: PLC0415
 
-    cached_only = False
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
     try:
-        try:
-            # snapshot_download itself sets no time limit, and would wait for minutes on a dead network
-            HfApi().model_info(name, timeout=HUB_TIMEOUT)
-        except (errors.RepositoryNotFoundError, errors.HFValidationError):
-            raise
-        except Exception:  # offline in one of many ways
-            cached_only = True
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached_only))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline()))
     except errors.GatedRepoError:
         reason = "the Hub wants you to accept its licence and to log in (`hf auth login`)"
     except errors.RepositoryNotFoundError:
         reason = "the Hub has no such model, or it is private (`hf auth login`)"
-    except errors.LocalEntryNotFoundError:
-        reason = "the Hub cannot be reached (offline?), and the cache does not have it"
     except Exception as error:  # one line for the user whatever goes wrong between here and the Hub
-        reason = _one_line(error)
+        unreachable = "the Hub cannot be reached (offline?), and the cache does not have it"
+        reason = unreachable if offline() else _one_line(error)
     raise UserError(
         f"{field}: {name!r} is no folder, and {reason}; give a folder, a Hub name, or builtin:tiny"
     )
@@ -373,7 +366,7 @@ def _open(path: Path) -> Any:
         ) from None
 
 
-def _eos_ids(generation: dict[str, Any], hf_config: dict[str, Any]) -> tuple[int, ...]:
+def eos_ids_of(generation: dict[str, Any], hf_config: dict[str, Any]) -> tuple[int, ...]:
     """The end-of-text ids of both files, in order, each once."""
     found: list[int] = []
     for file, fields in (("generation_config.json", generation), ("config.json", hf_config)):
@@ -447,13 +440,18 @@ def _host_weight(rule: Rule, cfg: QwenConfig, read: Callable[[str], np.ndarray])
     return weight
 
 
+@partial(jax.jit, static_argnames="dtype")
+def _one_layer(weight: jax.Array, layer: int, dtype: str) -> jax.Array:
+    """One layer of a stacked weight, cast on the device; one compiled slice serves every layer."""
+    return jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False).astype(DTYPES[dtype])
+
+
 def _to_file(params: Params, rule: Rule, layer: int, sizes: dict[str, int], dtype: str) -> np.ndarray:
     """A host copy of one tensor as the file stores it."""
-    if _is_stacked(rule):  # an index that is an operand: one compiled slice serves every layer
-        weight = jax.lax.dynamic_index_in_dim(params["layers"][rule.ours], jnp.int32(layer), keepdims=False)
+    if _is_stacked(rule):
+        array = np.asarray(_one_layer(params["layers"][rule.ours], layer, dtype))
     else:
-        weight = params[rule.ours]
-    array = np.asarray(jnp.asarray(weight).astype(DTYPES[dtype]))
+        array = np.asarray(jnp.asarray(params[rule.ours]).astype(DTYPES[dtype]))
     if not np.isfinite(array).all():
         raise UserError(f"tensor {rule.hf.format(layer)!r} has values that are not finite in {dtype}")
     letters, axes = "".join(rule.axes), _our_axes(rule)

@@ -8,6 +8,7 @@ characters of LaTeX can ask for more time and memory than there is. A grader tha
 
 import atexit
 import functools
+import os
 import re
 import threading
 import time
@@ -58,7 +59,7 @@ def grade(completion: str, answer: str) -> Grade:
     Returns:
         The grade, within the default deadline of 5 seconds and about one more.
     """
-    return _shared_grader().grade_many([completion], [answer])[0]
+    return _shared_grader(os.getpid()).grade_many([completion], [answer])[0]
 
 
 def exact_verdict(box: str, answer: str) -> bool | None:
@@ -236,7 +237,7 @@ class Grader:
 
 
 @functools.cache
-def _shared_grader() -> Grader:
+def _shared_grader(process_id: int) -> Grader:  # a fork must not talk into its parent's pipes
     grader = Grader()
     atexit.register(grader.close)
     return grader

@@ -82,8 +82,6 @@ class GradingProcess:
         Raises:
             OSError: The process is dead; the pair must go to another one.
         """
-        if self._process.poll() is not None:
-            raise BrokenPipeError(self._obituary())
         # ASCII JSON carries null bytes and lone surrogates, and has no line break of its own.
         request = json.dumps({"guess": pair[0], "answer": pair[1]}).encode("ascii") + b"\n"
         # Noted first: an interrupt while writing must not leave an idle process with a reply on its way.

@@ -20,10 +20,12 @@ def count_steps(text: str, triggers: tuple[str, ...] = ("Wait",)) -> int:
         The number of steps, at least 1.
 
     Raises:
-        UserError: `triggers` is empty, or holds an empty word.
+        UserError: `triggers` is empty, holds an empty word, or is one string instead of a tuple of them.
 
     Source: Step-GRPO (arXiv 2604.16890), Section 3.1, Eq. 3.
     """
+    if isinstance(triggers, str):
+        raise UserError(f"triggers={triggers!r}: give a tuple of words, as in ({triggers!r},)")
     return 1 + sum(1 for _ in trigger_pattern(tuple(triggers)).finditer(text))
 
 

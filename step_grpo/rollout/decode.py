@@ -28,7 +28,9 @@ class RolloutState(NamedTuple):
 def empty_state(cfg: qwen.QwenConfig, machine: Machine, lanes: int, capacity: int, dtype) -> RolloutState:
     """A state in which every lane is free; `capacity` tokens fit into each lane's cache."""
     B, R = lanes, machine.max_response
-    lane = fresh_lanes(jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32), jnp.ones(B, jnp.int32), jnp.zeros(B, jnp.int32))
+    lane = fresh_lanes(
+        jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32), jnp.ones(B, jnp.int32), jnp.zeros(B, jnp.int32)
+    )
     return RolloutState(
         lane=lane._replace(phase=jnp.full(B, DONE, jnp.int32)),
         probed=Probed(jnp.zeros((B, machine.max_probe_tokens)), jnp.zeros((B, machine.max_probes))),
@@ -40,7 +42,9 @@ def empty_state(cfg: qwen.QwenConfig, machine: Machine, lanes: int, capacity: in
     )
 
 
-def fresh_lanes(prompt_id: jax.Array, sample_id: jax.Array, prompt_length: jax.Array, last_token: jax.Array) -> Lane:
+def fresh_lanes(
+    prompt_id: jax.Array, sample_id: jax.Array, prompt_length: jax.Array, last_token: jax.Array
+) -> Lane:
     """Lanes at the start of their completions, all arguments `[B]`.
 
     The cache counts one token less than the prompt: the first step feeds the prompt's last token again, at
@@ -48,7 +52,7 @@ def fresh_lanes(prompt_id: jax.Array, sample_id: jax.Array, prompt_length: jax.A
     """
     zero = jnp.zeros_like(prompt_id)
     no_hash = zero.astype(jnp.uint32)
-    scalars = {field: zero for field in Lane._fields}
+    scalars = dict.fromkeys(Lane._fields, zero)
     scalars |= {
         "prompt_id": prompt_id,
         "sample_id": sample_id,
@@ -107,7 +111,7 @@ def decode_segment(
     """Advances all lanes by up to `max_steps` tokens, until at most `stop_live` lanes are not DONE.
 
     Returns:
-        The state, and the number of steps taken.
+        The state, and the number of steps taken, `[1]`: one entry a device where lanes are sharded.
     """
 
     def go_on(carry):
@@ -119,7 +123,7 @@ def decode_segment(
         return step + 1, decode_step(cfg, machine, params, vocab, run_key, state)
 
     steps, state = jax.lax.while_loop(go_on, advance, (jnp.int32(0), state))
-    return state, steps
+    return state, steps[None]
 
 
 def decode_step(
@@ -177,7 +181,8 @@ def observe(
         greedy=jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
         greedy_logprob=jnp.max(logits_BV, axis=-1) - normaliser,
         closing_logprobs=tempered_BV[:, jnp.array(machine.closing)] - tempered_normaliser[:, None],
-        is_trigger=jnp.where(lane.after_letter, vocab.trigger_after_letter[token], vocab.trigger_after_other[token]),
+        is_trigger=jnp.where(
+            lane.after_letter, vocab.trigger_after_letter[token], vocab.trigger_after_other[token]
+        ),
         finished_chunk_hash=phases.finished_chunk_hash(lane, words_BR) if machine.truncate else nothing,
     )
-

@@ -11,13 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
 
+from step_grpo.data.prompts import think_end_id
+from step_grpo.mesh import replicated
 from step_grpo.model import qwen
+from step_grpo.model.load import Description
 from step_grpo.rollout import decode
 from step_grpo.rollout.phases import DONE, REASONS, Machine
-from step_grpo.rollout.triggers import Vocabulary
+from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, token_bytes
 
 SEGMENT_STEPS = 64  # steps between two looks of the host at the lanes
+CLOSING = "\n</think>\n\n"  # appended where the machine ends the thinking
 REFILL_SHARE = 8  # lanes are refilled once this part of them (1 in 8) is free
 
 
@@ -40,31 +46,67 @@ class RolloutStats:
     """What a rollout cost."""
 
     seconds: float
-    steps: int  # decode steps, each advancing all lanes
-    lane_steps: int  # steps times lanes
+    steps: int  # decode steps, summed over the devices
+    lane_steps: int  # steps times the lanes of a device
     prefilled: int  # prompt tokens, padding included
 
 
-@dataclass(frozen=True)
 class RolloutEngine:
     """Makes completions of prompts; knows nothing of rewards.
 
     A completion depends on the parameters, its prompt, its sample number and the key alone: not on the
-    number of lanes, nor on what runs beside it.
+    number of lanes, nor on what runs beside it. Each device runs lanes of its own; nothing passes between
+    devices.
     """
 
-    cfg: qwen.QwenConfig
-    machine: Machine
-    vocab: Vocabulary
-    lanes: int
-    max_prompt: int
-    dtype: Any
+    def __init__(
+        self,
+        cfg: qwen.QwenConfig,
+        machine: Machine,
+        vocab: Vocabulary,
+        *,
+        lanes: int,
+        max_prompt: int,
+        dtype: Any,
+        mesh: Mesh,
+    ):
+        """Prepares the programs; they compile when first used.
 
-    def __post_init__(self):
-        refill = jax.jit(partial(decode.refill, self.cfg), donate_argnums=1)
-        segment = jax.jit(partial(decode.decode_segment, self.cfg, self.machine), donate_argnums=3)
-        object.__setattr__(self, "_refill", refill)
-        object.__setattr__(self, "_segment", segment)
+        Args:
+            cfg: architecture.
+            machine: settings of the rollout.
+            vocab: token tables.
+            lanes: completions made at a time, over all devices; a multiple of their number.
+            max_prompt: tokens of the longest prompt.
+            dtype: of the cache.
+            mesh: with one axis, `data`.
+        """
+        self.machine, self.vocab, self.lanes, self.max_prompt, self.mesh = (
+            machine,
+            vocab,
+            lanes,
+            max_prompt,
+            mesh,
+        )
+        local, all_ = PartitionSpec("data"), PartitionSpec()
+
+        def program(function, in_specs, out_specs, donate=()):
+            sharded = jax.shard_map(
+                function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+            )
+            return jax.jit(sharded, donate_argnums=donate)
+
+        empty = partial(decode.empty_state, cfg, machine, lanes // mesh.size, self.capacity, dtype)
+        self._empty = program(empty, (), local)
+        self._refill = program(
+            partial(decode.refill, cfg), (all_, local, all_, all_, local, local, local), local, donate=1
+        )
+        self._segment = program(
+            partial(decode.decode_segment, cfg, machine),
+            (all_, all_, all_, local, all_, all_),
+            (local, local),
+            donate=3,
+        )
 
     @property
     def capacity(self) -> int:
@@ -99,7 +141,7 @@ class RolloutEngine:
         started = time.monotonic()
         queue = deque((p, s) for p in range(len(prompts)) for s in range(samples))
         total = len(queue)
-        state = decode.empty_state(self.cfg, self.machine, self.lanes, self.capacity, self.dtype)
+        state = self._empty()
         owner: list[tuple[int, int] | None] = [None] * self.lanes
         finished: list[Completion] = []
         steps = prefilled = 0
@@ -108,15 +150,22 @@ class RolloutEngine:
                 state, tokens = self._fill(params, state, prompts, queue, owner)
                 prefilled += tokens
             live = sum(o is not None for o in owner)
-            stop_live = live - max(1, self.lanes // REFILL_SHARE) if queue else 0
+            stop_live = max(live - max(1, self.lanes // REFILL_SHARE), 0) if queue else 0
             state, taken = self._segment(
-                params, self.vocab, run_key, state, jnp.int32(SEGMENT_STEPS), jnp.int32(max(stop_live, 0))
+                params,
+                self.vocab,
+                run_key,
+                state,
+                jnp.int32(SEGMENT_STEPS),
+                jnp.int32(stop_live // self.mesh.size),
             )
-            steps += int(taken)
+            steps += int(np.sum(taken))
             finished += harvest(state, owner)
             on_progress(len(finished))
         finished.sort(key=lambda c: (c.prompt, c.sample))
-        stats = RolloutStats(time.monotonic() - started, steps, steps * self.lanes, prefilled)
+        stats = RolloutStats(
+            time.monotonic() - started, steps, steps * self.lanes // self.mesh.size, prefilled
+        )
         return finished, stats
 
     def _fill(self, params, state, prompts, queue, owner):
@@ -185,3 +234,50 @@ def check_prompts(prompts: Sequence[Sequence[int]], longest: int) -> None:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def build_engine(
+    described: Description,
+    config: ConfigDict,
+    mesh: Mesh,
+    dtype: Any,
+    *,
+    truncate: bool,
+    temperature: float,
+    top_p: float,
+    max_response: int,
+) -> RolloutEngine:
+    """The engine of a model: its token tables and the settings of a config's `rollout` part, in tokens."""
+    tokenizer = described.tokenizer
+
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    machine = Machine(
+        truncate=truncate,
+        max_response=max_response,
+        think_budget=int(config.think_ratio * max_response),
+        budget_margin=config.budget_margin,
+        max_probes=config.max_probes,
+        max_probe_tokens=config.max_probe_tokens,
+        max_repetitions=config.max_repetitions,
+        delta=config.delta,
+        strict=config.strict,
+        temperature=temperature,
+        top_p=top_p,
+        think_end=think_end_id(tokenizer),
+        eos=described.eos_ids,
+        inducing=encode(config.inducing_prompt),
+        closing=encode(CLOSING),
+    )
+    texts = token_bytes(tokenizer, described.config.vocab_size)
+    vocab = build_vocabulary(texts, tuple(config.triggers))
+    return RolloutEngine(
+        described.config,
+        machine,
+        jax.device_put(vocab, replicated(mesh)),
+        lanes=config.lanes,
+        max_prompt=config.max_prompt_tokens,
+        dtype=jnp.dtype(dtype),
+        mesh=mesh,
+    )

@@ -104,9 +104,7 @@ class Probed(NamedTuple):
     confidences: jax.Array
 
 
-def step_lanes(
-    machine: Machine, lane: Lane, probed: Probed, seen: Observation
-) -> tuple[Lane, Probed, Emit]:
+def step_lanes(machine: Machine, lane: Lane, probed: Probed, seen: Observation) -> tuple[Lane, Probed, Emit]:
     """One transition of every lane; all leaves carry a leading `B`."""
     return jax.vmap(partial(step_lane, machine))(lane, probed, seen)
 
@@ -121,7 +119,9 @@ def step_lane(machine: Machine, lane: Lane, probed: Probed, seen: Observation) -
 def think(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
     """THINK of plain sampling: record the sampled token; the answer follows when the model says so."""
     full = lane.length + 1 >= machine.max_response
-    reason = first_reason((is_eos(machine, seen.token), EOS), (seen.token == machine.think_end, NATURAL), (full, LENGTH))
+    reason = first_reason(
+        (is_eos(machine, seen.token), EOS), (seen.token == machine.think_end, NATURAL), (full, LENGTH)
+    )
     lane = leave_thinking(machine, lane, reason, queued=len(machine.closing))
     lane = lane._replace(
         phase=jnp.where(full | (reason == EOS), DONE, lane.phase), token_in=seen.token, length=lane.length + 1
@@ -202,7 +202,9 @@ def probe(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
     finished = ~inducing & ended
     probed = Probed(
         top1_logprobs=jnp.where(inducing, probed.top1_logprobs, top1_logprobs),
-        confidences=jnp.where(finished, probed.confidences.at[lane.probes].set(confidence), probed.confidences),
+        confidences=jnp.where(
+            finished, probed.confidences.at[lane.probes].set(confidence), probed.confidences
+        ),
     )
     return after, probed, emit
 
@@ -311,7 +313,9 @@ def read_text(lane: Lane, words_BR: jax.Array, vocab: Vocabulary, emit: Emit, st
         chunk_start=jnp.where(opens, start + 1, lane.chunk_start),
         chunk_hash=jnp.where(opens, jnp.uint32(0), total),
         word_hash=jnp.where(opens, jnp.uint32(0), jnp.where(emit.valid, word, lane.word_hash)),
-        after_letter=jnp.where(emit.valid & ~vocab.empty[token], vocab.ends_in_letter[token], lane.after_letter),
+        after_letter=jnp.where(
+            emit.valid & ~vocab.empty[token], vocab.ends_in_letter[token], lane.after_letter
+        ),
     )
     return lane, words_BR
 

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 
-def sample_key(run_key: jax.Array, prompt_id: jax.Array, sample_id: jax.Array, position: jax.Array) -> jax.Array:
+def sample_key(
+    run_key: jax.Array, prompt_id: jax.Array, sample_id: jax.Array, position: jax.Array
+) -> jax.Array:
     """The key of one token: it depends on what is sampled, not on when or where."""
     for identity in (prompt_id, sample_id, position):
         run_key = jax.random.fold_in(run_key, identity)

@@ -99,25 +99,25 @@ def test_packed_equals_one_sequence_a_row_equals_micro_batched(update):
 def test_gradient_is_that_of_the_plain_token_sum(update):
     """Against autodiff of the loss written out over whole logits, sequence by sequence."""
     params, samples = toy_params(), toy_samples()
+    one_by_one = [batch for sample in samples for batch in train_batches(update, [sample], rows=1)]
 
     def loss(params):
         total = 0.0
-        for sample in samples:
-            (batch,) = train_batches(update, [sample], rows=1)
+        for batch in one_by_one:
             packed = batch.packed
             hidden = hidden_fn(params, packed.tokens, packed.positions, packed.segment_ids)
             log_p = jax.nn.log_softmax(hidden @ params["head"] / 0.9)
-            for t in np.flatnonzero(packed.mask[0]):
-                lp = log_p[0, t, packed.targets[0, t]]
-                ratio = jnp.exp(lp - batch.old_logprobs[0, t])
-                a = packed.advantages[0, t]
-                policy = jnp.maximum(-a * ratio, -a * jnp.clip(ratio, 0.8, 1.3))
-                policy = jnp.minimum(policy, -a * 3.0) if a < 0 else policy
-                x = batch.ref_logprobs[0, t] - lp
-                total += policy + 0.1 * jnp.minimum(jnp.exp(x) - x - 1, 10.0)
+            (trained,) = np.nonzero(packed.mask[0])
+            lp = log_p[0, trained, packed.targets[0, trained]]
+            ratio = jnp.exp(lp - batch.old_logprobs[0, trained])
+            a = packed.advantages[0, trained]
+            policy = jnp.maximum(-a * ratio, -a * jnp.clip(ratio, 0.8, 1.3))
+            policy = jnp.where(a < 0, jnp.minimum(policy, -a * 3.0), policy)
+            x = batch.ref_logprobs[0, trained] - lp
+            total += (policy + 0.1 * jnp.minimum(jnp.exp(x) - x - 1, 10.0)).sum()
         return total
 
-    expected_loss, expected = jax.value_and_grad(loss)(params)
+    expected_loss, expected = jax.jit(jax.value_and_grad(loss))(params)
     grads, sums = gradient(update, params, train_batches(update, samples, rows=2))
     np.testing.assert_allclose(sums.loss, expected_loss, rtol=1e-5)
     assert sums.tokens == sum(sample.loss_mask.sum() for sample in samples)
@@ -128,13 +128,15 @@ def test_gradient_is_that_of_the_plain_token_sum(update):
 def test_logprobs_come_back_to_their_samples(update):
     params, samples = toy_params(), toy_samples()
     packed = pack(samples, row_length=ROW, rows=2)
+    weights = {name: np.asarray(value, np.float64) for name, value in params.items()}
     results = unpack([update.logprobs(params, batch).logprobs for batch in packed], packed)
     for sample, got in zip(samples, results, strict=True):
-        tokens = np.concatenate([sample.prompt_ids, sample.completion_ids])[None]
-        hidden = hidden_fn(params, tokens, np.arange(tokens.size)[None], np.ones_like(tokens))
-        log_p = np.asarray(jax.nn.log_softmax(hidden @ params["head"] / 0.9))[0]
-        first = len(sample.prompt_ids)
-        expected = [log_p[t - 1, tokens[0, t]] for t in range(first, tokens.size)]
+        tokens = np.concatenate([sample.prompt_ids, sample.completion_ids])
+        embedded = weights["embed"][tokens] + np.sin(np.arange(len(tokens))[:, None] * weights["frequency"])
+        mean = np.stack([embedded[: t + 1].mean(0) for t in range(len(tokens))])
+        logits = np.tanh(embedded + mean @ weights["mix"]) @ weights["head"] / 0.9
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = [log_p[t - 1, tokens[t]] for t in range(len(sample.prompt_ids), len(tokens))]
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -222,7 +224,7 @@ def test_update_without_a_trained_token_changes_nothing(update):
     grads, sums = gradient(update, state.params, train_batches(update, samples, rows=2))
     state, measured = update.apply(state, grads, sums)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, state), before)
-    assert measured.tokens == measured.update_norm == measured.loss == 0
+    assert measured.trained_tokens == measured.update_norm == measured.loss == 0
     assert all(np.isfinite(value) for value in measured)
 
 

@@ -1,0 +1,163 @@
+"""Checkpoints of a run: everything that resuming or exporting needs, in one folder a step.
+
+`WORKDIR/checkpoints/000010/` holds `params/` and `optimizer/` (Orbax), `model/` (configs and tokenizer, as
+in a Hugging Face folder) and `run.json` (step, data cursor, config). It appears under its name only when it
+is complete. Orbax's interface is used here alone.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from orbax.checkpoint.experimental import v1 as ocp
+
+from step_grpo.data.prompts import load_tokenizer
+from step_grpo.errors import UserError
+from step_grpo.grpo.update import TrainState
+from step_grpo.model.load import Description, save_description
+from step_grpo.model.qwen import Params, abstract_params, config_from_hf
+from step_grpo.model.weights import (
+    eos_ids_of,
+    load_checkpoint,
+    load_params,
+    read_json,
+    resolve_checkpoint,
+    write_json,
+)
+
+RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands between two steps."""
+
+    step: int  # finished steps
+    cursor: int  # questions taken from the source
+
+
+def save(
+    workdir: Path,
+    progress: Progress,
+    state: TrainState,
+    described: Description,
+    config: ConfigDict,
+) -> Path:
+    """Writes the checkpoint of a step and removes all but the newest few; returns its folder."""
+    folder = workdir / "checkpoints" / f"{progress.step:06d}"
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    ocp.save(partial.absolute() / "params", state.params)
+    ocp.save(partial.absolute() / "optimizer", {"step": state.step, "state": state.opt_state})
+    save_description(described, partial / "model")
+    run = {"step": progress.step, "cursor": progress.cursor, "config": config.to_dict()}
+    write_json(partial / RUN, json.loads(json.dumps(run)))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    for old in saved_steps(workdir)[: -config.keep_checkpoints]:
+        shutil.rmtree(old)
+    return folder
+
+
+def restore(workdir: Path, state: TrainState, config: ConfigDict) -> tuple[Progress, TrainState]:
+    """The newest checkpoint of a workdir, or `state` at step 0 where there is none.
+
+    Args:
+        workdir: of the run.
+        state: freshly initialised; says what shapes, types and shardings to restore into.
+        config: of the run that goes on.
+
+    Raises:
+        UserError: the checkpoint is of a run with another config, or does not load.
+    """
+    folders = saved_steps(workdir)
+    if not folders:
+        return Progress(0, 0), state
+    folder = folders[-1]
+    run = read_json(folder / RUN)
+    check_same_run(run["config"], json.loads(json.dumps(config.to_dict())), folder)
+    optimizer = {"step": state.step, "state": state.opt_state}
+    params = _load(folder / "params", state.params)
+    optimizer = _load(folder / "optimizer", optimizer)
+    return Progress(run["step"], run["cursor"]), TrainState(optimizer["step"], params, optimizer["state"])
+
+
+def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Refuses to go on with a run under other settings; only its length may change.
+
+    Raises:
+        UserError: naming the first field that differs.
+    """
+    free = {"steps", "save_every", "keep_checkpoints"}
+    for name in sorted({*saved, *wanted} - free):
+        if saved.get(name) != wanted.get(name):
+            raise UserError(
+                f"{folder} was made with another config.{name}; use a new --workdir, or the same settings"
+            )
+
+
+def saved_steps(workdir: Path) -> list[Path]:
+    """The complete checkpoints of a workdir, oldest first."""
+    found = (workdir / "checkpoints").glob("[0-9]*")
+    return sorted(path for path in found if (path / RUN).is_file())
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model for evaluation or export, from wherever it came."""
+
+    described: Description
+    params: Params
+    folder: Path  # holds the tokenizer files
+    dtype: str  # to export in, unless told otherwise
+    settings: dict[str, Any]  # the config of the run that made it; empty where there was none
+
+
+def open_model(name: str | Path) -> Opened:
+    """Loads a model.
+
+    Args:
+        name: a run's workdir (its newest checkpoint), one of its checkpoints, a Hugging Face folder, a Hub
+            name, or `builtin:tiny`.
+
+    Raises:
+        UserError: there is no such checkpoint, or it does not load.
+    """
+    folder = Path(name)
+    if steps := saved_steps(folder):
+        folder = steps[-1]
+    if (folder / RUN).is_file():
+        described = read_description(folder / "model")
+        params = _load(folder / "params", abstract_params(described.config))
+        settings = read_json(folder / RUN)["config"]
+        return Opened(described, params, folder / "model", settings["export_dtype"], settings)
+    source = load_checkpoint(resolve_checkpoint(str(name), field="--checkpoint"))
+    tokenizer = load_tokenizer(str(source.folder), where="--checkpoint")
+    described = Description(source.config, source.hf_config, source.generation, source.eos_ids, tokenizer)
+    return Opened(described, load_params(source), source.folder, source.dtype, {})
+
+
+def read_description(folder: Path) -> Description:
+    """What `save_description` wrote."""
+    hf_config, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
+    tokenizer = load_tokenizer(str(folder), where="--checkpoint")
+    return Description(
+        config_from_hf(hf_config), hf_config, generation, eos_ids_of(generation, hf_config), tokenizer
+    )
+
+
+def _load(path: Path, like: Any) -> Any:
+    """Restores a tree into the shapes, types and shardings of `like`."""
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    try:
+        return ocp.load(path.absolute(), abstract)
+    except Exception as error:  # Orbax raises types of many libraries for a damaged folder
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: does not load ({reason}); delete its checkpoint to go on from the one before"
+        ) from error

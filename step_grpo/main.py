@@ -1,0 +1,400 @@
+"""The training run: rollout -> reward -> advantages -> update -> log -> save.
+
+`python -m step_grpo.main --config=configs/tiny.py --workdir=DIR`
+
+Run the same line again to go on from the newest checkpoint in the workdir.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from step_grpo import checkpoint, cli
+from step_grpo.config import validate
+from step_grpo.data.prompts import EncodedPrompt, encode_prompts
+from step_grpo.data.sources import load_questions, take
+from step_grpo.errors import UserError
+from step_grpo.evaluate import (
+    decode_ready,
+    evaluate,
+    evaluation_engine,
+    evaluation_prompts,
+    summarise,
+    write_completions,
+)
+from step_grpo.export import write_hf_folder
+from step_grpo.grpo.advantages import group_advantages
+from step_grpo.grpo.packing import PackedBatch, Sample, pack
+from step_grpo.grpo.settings import GrpoSettings
+from step_grpo.grpo.update import Measurements, TrainBatch, TrainState, Update, adamw, make_update
+from step_grpo.mesh import make_mesh, over_data, replicated, use_all_cores
+from step_grpo.metrics import MetricsWriter, read_metrics
+from step_grpo.model import qwen
+from step_grpo.model.load import Description, load_model, save_description
+from step_grpo.report import evaluation_table, progress_bar
+from step_grpo.reward import rewards
+from step_grpo.reward.grading import Grader
+from step_grpo.rollout.engine import RolloutStats, build_engine
+from step_grpo.rollout.phases import REASONS
+from step_grpo.scoring import Scored, score_completions
+
+TRAINING_STREAM = 0  # folded into the seed, so that evaluation and training never share randomness
+
+
+def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
+    """Trains, evaluates before and after, and writes checkpoint, export, metrics and result to `workdir`."""
+    started = time.monotonic()
+    validate(config)
+    use_all_cores()
+
+    # ------------------------------------------------------------------ model
+    mesh = make_mesh(config.rollout.lanes, config.grpo.rows)
+    described, params = load_model(config.model, config.seed)
+    reference = jax.device_put(params, replicated(mesh))
+    optimizer = optimizer_of(config.grpo)
+    update = build_update(described.config, config, optimizer)
+    # The update donates its state, and the reference must outlive it: a copy.
+    state = update.init(jax.tree.map(jnp.copy, reference))
+    progress, state = checkpoint.restore(workdir, state, config)
+
+    # ------------------------------------------------------------------ questions
+    questions = training_questions(described.tokenizer, config)
+    held_out = evaluation_prompts(described, config)
+    assert_disjoint(questions, held_out)
+
+    # ------------------------------------------------------------------ rollout, grading, evaluation
+    rollout = build_engine(
+        described,
+        config.rollout,
+        mesh,
+        config.model.dtype,
+        truncate=config.rollout.exit == "confidence",
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        max_response=config.rollout.max_response_tokens,
+    )
+    plain = evaluation_engine(described, config, mesh)
+    workdir.mkdir(parents=True, exist_ok=True)
+    run_key = jax.random.fold_in(jax.random.key(config.seed), TRAINING_STREAM)
+
+    with Grader(config.reward.grading_workers, config.reward.grading_deadline) as grader:
+
+        def measure(params: qwen.Params, name: str) -> dict[str, Any]:
+            ready = decode_ready(params, config.model.dtype, mesh)
+            scored = evaluate(described, plain, ready, held_out, config, grader, f"evaluation {name}")
+            write_completions(workdir / f"completions_{name}.jsonl", scored)
+            return summarise(scored)
+
+        before = measure(reference, "before")
+
+        # -------------------------------------------------------------- loop
+        with (
+            MetricsWriter(workdir / "metrics.jsonl", progress.step) as metrics,
+            progress_bar("training", config.steps) as bar,
+        ):
+            for step in range(progress.step, config.steps):
+                clock = Stopwatch()
+                batch, cursor = take_prompts(questions, progress.cursor, config)
+                ready = decode_ready(state.params, config.model.dtype, mesh)
+                completions, stats = rollout(
+                    ready, [p.ids for p in batch], config.rollout.samples, jax.random.fold_in(run_key, step)
+                )
+                clock.lap("rollout_seconds")
+                scored = score_completions(
+                    described.tokenizer, batch, completions, grader, tuple(config.rollout.triggers)
+                )
+                reward = reward_groups(scored, config)
+                advantages = group_advantages(reward)
+                clock.lap("grading_seconds")
+                state, measured = update_policy(
+                    update, state, reference, training_samples(scored, advantages, config), config, mesh
+                )
+                clock.lap("update_seconds")
+
+                figures = rollout_figures(scored, reward, stats) | measured | clock.laps
+                metrics.write(step + 1, figures)
+                warn_of_no_signal(figures)
+                shown = ("accuracy", "tokens", "steps", "exit_early_exit", "reward", "kl")
+                bar.update(step + 1, **{name: figures[name] for name in shown})
+                progress = checkpoint.Progress(step + 1, cursor)
+                if progress.step % config.save_every == 0 or progress.step == config.steps:
+                    checkpoint.save(workdir, progress, state, described, config)
+        after = measure(state.params, "after")
+
+    # ------------------------------------------------------------------ result
+    result = {
+        "before": before,
+        "after": after,
+        "exits": mean_exits(read_metrics(workdir / "metrics.jsonl")),
+        "seconds": time.monotonic() - started,
+        "seed": config.seed,
+    }
+    finish(workdir, result, described, state.params, config)
+
+
+def finish(
+    workdir: Path, result: dict[str, Any], described: Description, params: qwen.Params, config: ConfigDict
+) -> None:
+    """Writes `result.json` and the export, shows the closing table, and says where everything is."""
+    (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    evaluations = {name: result[name] for name in ("before", "after")}
+    save_description(described, workdir / "model")
+    exported = write_hf_folder(
+        workdir / "export",
+        params,
+        described.hf_config,
+        described.generation,
+        tokenizer_folder=workdir / "model",
+        card={"settings": config.to_dict(), "measured": evaluations},
+        dtype=config.export_dtype,
+    )
+    Console().print(evaluation_table(evaluations, result["exits"]))
+    print(f"metrics: {workdir / 'metrics.jsonl'}")
+    print(f"result: {workdir / 'result.json'}")
+    print(f"checkpoint: {checkpoint.saved_steps(workdir)[-1]}")
+    print(f"export: {exported}")
+
+
+# ---------------------------------------------------------------------- questions
+
+
+def training_questions(tokenizer: Any, config: ConfigDict) -> Sequence[EncodedPrompt]:
+    """All training questions as prompts; the over-long ones are left out and counted."""
+    questions = load_questions(config.data)
+    prompts = encode_prompts(
+        tokenizer,
+        list(questions),
+        instruction=config.data.instruction,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+    )
+    if prompts.dropped:
+        print(
+            f"{prompts.dropped} training prompts are longer than config.rollout.max_prompt_tokens: left out"
+        )
+    if not prompts.kept:
+        raise UserError("config.rollout.max_prompt_tokens: every training prompt is longer; raise it")
+    return prompts.kept
+
+
+def assert_disjoint(training: Sequence[EncodedPrompt], held_out: Sequence[EncodedPrompt]) -> None:
+    """Refuses to evaluate on a question that is trained on.
+
+    Raises:
+        UserError: with the number of shared questions and one of them.
+    """
+    shared = {p.ids for p in training} & {p.ids for p in held_out}
+    if shared:
+        example = next(p.question.question for p in held_out if p.ids in shared)
+        raise UserError(
+            f"config.eval.data: {len(shared)} questions are also in config.data, such as {example[:80]!r}; "
+            "evaluate on another split"
+        )
+
+
+def take_prompts(
+    prompts: Sequence[EncodedPrompt], cursor: int, config: ConfigDict
+) -> tuple[list[EncodedPrompt], int]:
+    """The prompts of one step, and the cursor behind them."""
+    indices, cursor = take(len(prompts), cursor, config.prompts_per_step, config.seed)
+    return [prompts[i] for i in indices], cursor
+
+
+# ---------------------------------------------------------------------- rewards
+
+
+def reward_groups(scored: Sequence[Scored], config: ConfigDict) -> np.ndarray:
+    """Rewards `[prompts, samples]` of completions that are ordered by prompt and sample.
+
+    An answer that could not be graded counts as wrong here, and is counted in the metrics.
+    """
+
+    def grouped(values: Sequence[float]) -> np.ndarray:
+        return np.array(values).reshape(-1, config.rollout.samples)
+
+    return rewards.score(
+        config.reward.name,
+        grouped([s.grade.correct for s in scored]),
+        grouped([s.grade.formatted for s in scored]),
+        grouped([s.steps for s in scored]),
+        grouped([len(s.completion.tokens) for s in scored]),
+        alpha=config.reward.alpha,
+        beta=config.reward.beta,
+        baseline=config.reward.baseline,
+        length_penalty=config.reward.length_penalty,
+        max_tokens=config.rollout.max_response_tokens,
+    )
+
+
+# ---------------------------------------------------------------------- update
+
+
+def optimizer_of(config: ConfigDict) -> Any:
+    """AdamW with the settings of `config.grpo`."""
+    return adamw(
+        config.learning_rate,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
+    )
+
+
+def build_update(cfg: qwen.QwenConfig, config: ConfigDict, optimizer: Any) -> Update:
+    """The jitted functions of the update for a model."""
+    dtype = jnp.dtype(config.model.dtype)
+    settings = GrpoSettings(
+        clip_low=config.grpo.clip_low,
+        clip_high=config.grpo.clip_high,
+        dual_clip=config.grpo.dual_clip,
+        kl_coef=config.grpo.kl_coef,
+        temperature=config.rollout.temperature,
+        logprob_chunk=config.grpo.logprob_chunk,
+    )
+    return make_update(
+        lambda params, tokens, positions, segments: qwen.forward(
+            params, cfg, tokens, positions, segments, dtype
+        ),
+        lambda params: params["embed_VD"] if cfg.tied else params["head_DV"],
+        settings,
+        optimizer,
+        vocab_axis=0 if cfg.tied else 1,
+    )
+
+
+def training_samples(scored: Sequence[Scored], advantages: np.ndarray, config: ConfigDict) -> list[Sample]:
+    """What the update trains on, in the order of `scored`; `advantages` are `[prompts, samples]`."""
+    return [
+        Sample(
+            prompt_ids=np.array(s.prompt.ids),
+            completion_ids=s.completion.tokens,
+            advantage=float(advantage),
+            sampler_logprobs=s.completion.logprobs,
+            loss_mask=np.where(s.completion.forced & (not config.grpo.train_forced_tokens), 0.0, 1.0),
+        )
+        for s, advantage in zip(scored, advantages.ravel(), strict=True)
+    ]
+
+
+def update_policy(
+    update: Update,
+    state: TrainState,
+    reference: qwen.Params,
+    samples: Sequence[Sample],
+    config: ConfigDict,
+    mesh: Any,
+) -> tuple[TrainState, dict[str, float]]:
+    """One pass over a rollout batch: an update for every `prompts_per_update` prompts.
+
+    The old log-probs of the whole batch come first, all from the policy that made it.
+
+    Returns:
+        The state, and the measurements averaged over the updates.
+    """
+    per_update = config.grpo.prompts_per_update * config.rollout.samples
+    share = over_data(mesh)
+
+    def compared(packed: PackedBatch) -> TrainBatch:
+        placed = jax.device_put(packed, share)
+        old = placed.sampler_logprobs
+        if config.grpo.old_logprobs == "trainer":
+            old = update.logprobs(state.params, placed).logprobs
+        return TrainBatch(placed, old, update.logprobs(reference, placed).logprobs)
+
+    parts = [samples[i : i + per_update] for i in range(0, len(samples), per_update)]
+    shape = {"row_length": config.grpo.row_length, "rows": config.grpo.rows}
+    minibatches = [[compared(packed) for packed in pack(part, **shape)] for part in parts]
+    measured: list[Measurements] = []
+    for minibatch in minibatches:
+        grads, sums = update.start(state.params)
+        for batch in minibatch:
+            grads, sums = update.accumulate(state.params, grads, sums, batch)
+        state, measurements = update.apply(state, grads, sums)
+        measured.append(measurements)
+    values = jax.device_get(measured)
+    names = Measurements._fields
+    return state, {name: float(np.mean([getattr(v, name) for v in values])) for name in names}
+
+
+# ---------------------------------------------------------------------- what is logged
+
+
+def rollout_figures(scored: Sequence[Scored], reward: np.ndarray, stats: RolloutStats) -> dict[str, float]:
+    """Figures of one rollout batch, all plain numbers."""
+    completions = [s.completion for s in scored]
+    confidences = np.concatenate([c.confidences for c in completions])
+    tokens = sum(len(c.tokens) for c in completions)
+    reasons = Counter(c.reason for c in completions)
+    figures = {
+        "reward": float(reward.mean()),
+        "reward_std": float(reward.std()),
+        "equal_groups": float(np.mean(np.ptp(reward, axis=1) == 0)),
+        "accuracy": float(np.mean([s.grade.correct for s in scored])),
+        "formatted": float(np.mean([s.grade.formatted for s in scored])),
+        "grading_failures": float(sum(s.grade.error is not None for s in scored)),
+        "tokens": tokens / len(scored),
+        "steps": float(np.mean([s.steps for s in scored])),
+        "forced_tokens": float(sum(c.forced.sum() for c in completions)) / len(scored),
+        "probes": len(confidences) / len(scored),
+        "probe_tokens": sum(c.probe_tokens for c in completions) / len(scored),
+        "generated_per_second": tokens / stats.seconds,
+        "lane_use": tokens / max(stats.lane_steps, 1),
+    }
+    figures |= {f"exit_{reason}": reasons[reason] / len(scored) for reason in REASONS}
+    return figures | confidence_figures(confidences)
+
+
+def confidence_figures(confidences: np.ndarray) -> dict[str, float]:
+    """p10, p50, p90 and the largest of a batch's probe confidences; nothing where there was no probe."""
+    if not len(confidences):
+        return {}
+    p10, p50, p90 = np.percentile(confidences, [10, 50, 90])
+    largest = confidences.max()
+    return {
+        "confidence_p10": float(p10),
+        "confidence_p50": float(p50),
+        "confidence_p90": float(p90),
+        "confidence_max": float(largest),
+    }
+
+
+def mean_exits(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Share of all training completions that left the thinking for each reason that occurred."""
+    shares = {reason: float(np.mean([line[f"exit_{reason}"] for line in lines])) for reason in REASONS}
+    return {reason: share for reason, share in shares.items() if share}
+
+
+def warn_of_no_signal(figures: Mapping[str, float]) -> None:
+    """Says in one line when a batch taught nothing, and where to look."""
+    if figures["equal_groups"] == 1:
+        print(
+            f"warning: every group has equal rewards (accuracy {figures['accuracy']:.1%}, formatted "
+            f"{figures['formatted']:.1%}): nothing is learnt; look at the completions and the grading"
+        )
+    if figures["grading_failures"]:
+        print(f"warning: {figures['grading_failures']:.0f} answers could not be graded and count as wrong")
+
+
+class Stopwatch:
+    """Seconds of the stages of a step."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """Ends a stage."""
+        now = time.monotonic()
+        self.laps[name], self._since = now - self._since, now
+
+
+if __name__ == "__main__":
+    cli.run(main)

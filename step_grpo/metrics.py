@@ -1,0 +1,47 @@
+"""The metrics stream: one JSON object a line, one line a step."""
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl`; each line reaches the disk before `write` returns."""
+
+    def __init__(self, path: Path, first_step: int = 0):
+        """Opens the file; lines of steps after `first_step`, left by a run that is resumed, are dropped."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in keep), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, figures: dict[str, Any]) -> None:
+        """Writes one line; a figure that is not finite becomes null."""
+        line = {"step": step, **{name: _finite(value) for name, value in figures.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a `metrics.jsonl`; one cut short by a crash is not among them."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found

@@ -1,0 +1,133 @@
+"""Supervised fine-tuning on a corpus of completions; makes the tiny model that over-thinks.
+
+`python -m step_grpo.sft --config=configs/tiny_sft.py --workdir=DIR`
+"""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from step_grpo import cli
+from step_grpo.data.arithmetic import Habits, Problem, draw_problem, over_thinking
+from step_grpo.data.prompts import encode_prompts
+from step_grpo.data.sources import Question
+from step_grpo.data.tiny_tokenizer import build_tokenizer
+from step_grpo.export import write_hf_folder
+from step_grpo.grpo.logprobs import token_logprobs
+from step_grpo.grpo.packing import PackedBatch, Sample, pack
+from step_grpo.mesh import make_mesh, over_data, replicated, use_all_cores
+from step_grpo.metrics import MetricsWriter
+from step_grpo.model import qwen
+from step_grpo.model.load import random_model, save_description
+from step_grpo.report import progress_bar
+
+CORPUS_BLOCK = 512  # completions drawn and packed at a time
+
+
+def main(config: ConfigDict, workdir: Path = Path("workdir/sft")) -> None:
+    """Trains and writes a Hugging Face folder to `workdir/export`."""
+    started = time.monotonic()
+    use_all_cores()
+    tokenizer = build_tokenizer()
+    described, params = random_model(config.architecture.to_dict(), tokenizer, config.seed)
+    optimizer = make_optimizer(config)
+    step_fn = jax.jit(partial(train_step, described.config, config.dtype, optimizer), donate_argnums=(0, 1))
+    devices = make_mesh(config.rows)
+    params = jax.device_put(params, replicated(devices))
+    opt_state = jax.jit(optimizer.init)(params)
+    batches = corpus_batches(config, tokenizer)
+    with (
+        MetricsWriter(workdir / "metrics.jsonl") as metrics,
+        progress_bar("fine-tuning", config.steps) as bar,
+    ):
+        for step in range(config.steps):
+            params, opt_state, loss = step_fn(
+                params, opt_state, jax.device_put(next(batches), over_data(devices))
+            )
+            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+                figures = {"loss": float(loss), "seconds": time.monotonic() - started}
+                metrics.write(step + 1, figures)
+                bar.update(step + 1, loss=figures["loss"])
+    save_description(described, workdir / "model")
+    out = write_hf_folder(
+        workdir / "export",
+        params,
+        described.hf_config,
+        described.generation,
+        tokenizer_folder=workdir / "model",
+        card={"settings": config.to_dict(), "measured": {"loss": float(loss)}},
+        dtype=config.export_dtype,
+    )
+    print(f"checkpoint: {out}")
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW, warmed up and then decayed to nothing along a cosine."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, config.steps, 0.0
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    )
+
+
+def train_step(
+    cfg: qwen.QwenConfig,
+    dtype: str,
+    optimizer: optax.GradientTransformation,
+    params: qwen.Params,
+    opt_state: optax.OptState,
+    batch: PackedBatch,
+) -> tuple[qwen.Params, optax.OptState, jax.Array]:
+    """One step on the mean cross-entropy of the completion tokens of a packed batch."""
+
+    def loss_fn(params):
+        hidden = qwen.forward(params, cfg, batch.tokens, batch.positions, batch.segment_ids, jnp.dtype(dtype))
+        logprobs = token_logprobs(hidden, qwen.head(params), batch.targets).logprobs
+        return -jnp.sum(logprobs * batch.mask) / jnp.maximum(jnp.sum(batch.mask), 1)
+
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+def corpus_batches(config: ConfigDict, tokenizer: Any) -> Iterator[PackedBatch]:
+    """Packed batches of the arithmetic corpus without end, never the same problem twice but by chance."""
+    rng = np.random.default_rng(config.seed)
+    habits = Habits()
+    while True:
+        problems: list[Problem] = []
+        while len(problems) < CORPUS_BLOCK:
+            problem = draw_problem(rng)
+            if problem.split == "train":
+                problems.append(problem)
+        questions = [Question(p.question, p.question, str(p.answer)) for p in problems]
+        prompts = encode_prompts(
+            tokenizer, questions, instruction=config.instruction, max_prompt_tokens=config.row_length
+        )
+        texts = [over_thinking(p, rng, habits) + tokenizer.eos_token for p in problems]
+        completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        samples = [supervised(p.ids, c) for p, c in zip(prompts.kept, completions, strict=True)]
+        fitting = [sample for sample in samples if len(sample) <= config.row_length]
+        batches = pack(fitting, row_length=config.row_length, rows=config.rows)
+        for i in rng.permutation(len(batches)):
+            yield batches[i]
+
+
+def supervised(prompt: tuple[int, ...], completion: list[int]) -> Sample:
+    """A sample whose every completion token is trained on."""
+    ones = np.ones(len(completion), np.float32)
+    return Sample(np.array(prompt), np.array(completion), 1.0, ones, ones)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,352 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from math_verify import parse, verify
+
+from step_grpo.errors import UserError
+from step_grpo.reward import grading_process
+from step_grpo.reward.grading import MAX_CHARACTERS, MAX_DEPTH, Grade, Grader, exact_verdict, grade
+
+ENDLESS = r"\boxed{9^{9^{9^{9}}}}"
+"""A box that math-verify would evaluate for ever."""
+
+
+def box(content: str) -> str:
+    return f"Some thinking, a first \\boxed{{guess}}.\n</think>\n\nThe answer is \\boxed{{{content}}}."
+
+
+def math_verify_says(answer: str, guess: str) -> bool:
+    gold, target = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (answer, guess))
+    return verify(gold, target, timeout_seconds=None)
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    # Roomy, so that a busy machine does not make an ordinary answer late.
+    with Grader(deadline=30) as grader:
+        yield grader
+
+
+@pytest.fixture(scope="module")
+def reference_answers() -> list[str]:
+    folder = os.environ.get("STEP_GRPO_TEST_DATA")
+    if not folder:
+        pytest.skip("STEP_GRPO_TEST_DATA is not set: it names the folder with benchmarks/*.jsonl")
+    files = sorted(Path(folder, "benchmarks").glob("*.jsonl"))
+    assert files
+    return [json.loads(line)["answer"] for file in files for line in file.read_text("utf-8").splitlines()]
+
+
+PAIRS = [  # (reference answer, content of the box, equal)
+    ("72", "72", True),
+    ("72", "72.0", True),
+    ("72", "\\$72", True),
+    ("72", "72 \\text{ dollars}", True),
+    ("72", "\\frac{144}{2}", True),
+    ("72", "x = 72", True),
+    ("72", "71", False),
+    ("72", "7.2", False),
+    ("1234", "1{,}234", True),
+    ("1234", "1,\\!234", True),
+    ("\\frac{3}{4}", "0.75", True),
+    ("\\frac{3}{4}", "3/4", True),
+    ("\\frac{3}{4}", "\\dfrac34", True),
+    ("\\frac{3}{4}", "75\\%", True),
+    ("\\frac{3}{4}", "\\frac{4}{3}", False),
+    ("50\\%", "50", True),
+    ("$x^2$", "x \\cdot x", True),
+    ("$x^2$", "x^3", False),
+    ("(3, \\frac{\\pi}{2})", "\\left( 3, \\pi/2 \\right)", True),
+    ("(3, \\frac{\\pi}{2})", "(\\frac{\\pi}{2}, 3)", False),
+    ("11\\sqrt2", "\\sqrt{242}", True),
+    ("1 \\pm \\sqrt{19}", "1+\\sqrt{19}, 1-\\sqrt{19}", True),
+    ("6 - 5i", "-5i + 6", True),
+    ("(3,4]", "[3,4]", False),
+    ("90^\\circ", "90", True),
+    ("\\text{Evelyn}", "Evelyn", True),
+    ("\\text{Evelyn}", "\\text{Angela}", False),
+    ("$\\sin^2 x + \\cos^2 x$", "1", True),
+    ("72", "", False),
+    ("72", "\\text{I do not know}", False),
+]
+
+
+def test_ordinary_answers_are_graded_as_a_reader_would(grader: Grader) -> None:
+    grades = grader.grade_many([box(guess) for _, guess, _ in PAIRS], [answer for answer, _, _ in PAIRS])
+    assert grades == [Grade(equal, True) for _, _, equal in PAIRS]
+
+
+def test_every_reference_answer_is_equal_to_itself(grader: Grader, reference_answers: list[str]) -> None:
+    grades = grader.grade_many([box(answer) for answer in reference_answers], reference_answers)
+    assert grades == [Grade(True, True)] * len(reference_answers)
+    # Not only because the strings are identical.
+    hard = sorted({answer for answer in reference_answers if not answer.isdigit()})
+    sample = random.Random(0).sample(hard, 150)
+    grades = grader.grade_many([box(f"\\displaystyle {answer}") for answer in sample], sample)
+    assert grades == [Grade(True, True)] * len(sample)
+
+
+def test_verdicts_equal_math_verify_called_directly(grader: Grader, reference_answers: list[str]) -> None:
+    rng = random.Random(1)
+    hard = sorted({answer for answer in reference_answers if not answer.isdigit()})
+    easy = sorted({answer for answer in reference_answers if answer.isdigit()})
+    pairs = [(answer, rng.choice(hard)) for answer in rng.sample(hard, 70)]
+    pairs += [(answer, rng.choice(easy)) for answer in rng.sample(hard + easy, 60)]
+    pairs += [
+        (answer, answer.replace(" ", "").replace("\\frac", "\\dfrac")) for answer in rng.sample(hard, 70)
+    ]
+    pairs += [(answer, answer.replace("2", "3", 1)) for answer in rng.sample(hard, 70)]
+    pairs += [(answer, guess) for answer, guess, _ in PAIRS]
+    grades = grader.grade_many([box(guess) for _, guess in pairs], [answer for answer, _ in pairs])
+    assert [grade.correct for grade in grades] == [math_verify_says(*pair) for pair in pairs]
+    assert not any(grade.error for grade in grades)
+    assert 70 < sum(grade.correct for grade in grades) < len(pairs) - 70
+
+
+integers = st.integers(-(10**12), 10**12)
+spelled = st.tuples(integers, st.sampled_from(["{}", "{:,}", "${}$", " {} ", "+{}", "00{}"])).map(
+    lambda pair: pair[1].format(pair[0]) if pair[0] >= 0 else pair[1].lstrip("+0").format(pair[0])
+)
+
+
+@given(st.tuples(spelled, spelled) | integers.flatmap(lambda n: st.just((f"{n:,}", f"${n}$"))))
+@example(("-0", "0"))
+@example(("-5", "5"))
+@example(("-1,234", "$-1234$"))
+@example(("+5", "5"))
+@example(("007", "7"))
+@example(("1,234", "1234"))
+def test_fast_path_equals_slow_path_on_integers(pair: tuple[str, str]) -> None:
+    guess, answer = pair
+    assert exact_verdict(guess, answer) is math_verify_says(answer, guess)
+
+
+@pytest.mark.parametrize(
+    "text", ["12,34", "0,123", "1,2345", "1.0", "1 2", "٣", "5%", "--5", "1,234,", "12_3"]
+)
+def test_what_is_no_plain_integer_is_left_to_math_verify(text: str) -> None:
+    assert exact_verdict(text, "123") is None
+
+
+def test_integers_of_any_length_are_compared_exactly() -> None:
+    digits = "7" * 100_000
+    assert exact_verdict(digits, "000" + digits) is True
+    assert exact_verdict(digits, digits[:-1] + "8") is False
+
+
+def test_exact_answers_start_no_process() -> None:
+    with Grader() as grader:
+        grades = grader.grade_many([box("7"), box("1,000"), box("\\pi"), "none"], ["7", "999", "\\pi", "7"])
+        assert [grade.correct for grade in grades] == [True, False, True, False]
+        assert grader._processes == []
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("the answer is 7", Grade(False, False)),
+        ("\\boxed{7", Grade(False, False)),
+        ("\\boxed{}", Grade(False, True)),
+        ("\\boxed{7}", Grade(True, True)),
+        ("\\boxed{7} or \\boxed{8}", Grade(False, True)),
+        ("\\boxed{8} or \\boxed{7}", Grade(True, True)),
+        ("\\boxed{7} or \\boxed{8", Grade(True, True)),
+    ],
+)
+def test_only_the_last_closed_box_counts(completion: str, expected: Grade) -> None:
+    assert grade(completion, "7") == expected
+
+
+def test_an_empty_box_is_never_right() -> None:
+    assert grade("\\boxed{ }", "") == Grade(False, True)
+
+
+def test_boxes_too_long_or_too_deep_are_wrong_without_a_process() -> None:
+    deep = "(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1)
+    for content in ("1+" * MAX_CHARACTERS + "1", deep, "(" * 900):
+        assert exact_verdict(content, "1") is False
+        assert exact_verdict(content, content) is True
+
+
+def test_order_is_kept_and_equal_pairs_get_equal_grades(grader: Grader) -> None:
+    numbers = [random.Random(2).randrange(20) for _ in range(200)]
+    grades = grader.grade_many([box(f"{number}.0") for number in numbers], ["7"] * 200)
+    assert [grade.correct for grade in grades] == [number == 7 for number in numbers]
+
+
+def test_several_threads_can_share_a_grader(grader: Grader) -> None:
+    results: dict[int, list[Grade]] = {}
+
+    def work(number: int) -> None:
+        completions = [box(f"{n}.0") for n in range(20)]
+        results[number] = grader.grade_many(completions, [str(number)] * 20)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {number: [Grade(n == number, True) for n in range(20)] for number in range(4)}
+
+
+def test_an_answer_past_its_deadline_is_an_error_and_the_others_are_graded() -> None:
+    completions = [box(f"{n}.0") for n in range(5)] + [ENDLESS] * 3 + [box(f"{n}.0") for n in range(5)]
+    answers = [str(n) for n in range(5)] + ["5"] * 3 + [str(n) for n in range(5)]
+    with Grader(workers=1, deadline=1.5) as grader:
+        grades = grader.grade_many(completions, answers)
+        assert (
+            grades == [Grade(True, True)] * 5 + [Grade(False, True, "deadline")] * 3 + [Grade(True, True)] * 5
+        )
+        assert grader.failures == 3
+        assert grader.grade_many([box("0.5")], ["1/2"]) == [Grade(True, True)]
+        assert grader.failures == 3
+
+
+def test_a_batch_survives_a_worker_killed_from_outside() -> None:
+    with Grader(workers=2, deadline=30) as grader:
+        grader.grade_many([box("0.5"), box("0.25")], ["1/2", "1/4"])
+        victim = grader._processes[0]
+
+        def kill_while_busy() -> None:
+            while victim.pair is None:
+                time.sleep(0.001)
+            os.kill(victim._process.pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_while_busy)
+        killer.start()
+        slow = [box(f"\\sum_{{n=1}}^{{{count}}} n^2") for count in range(3000, 3012)]
+        grades = grader.grade_many(slow, [f"{n * (n + 1) * (2 * n + 1)}/6" for n in range(3000, 3012)])
+        killer.join()
+        lost = [grade for grade in grades if grade.error]
+        assert lost == [Grade(False, True, "worker died (exit status -9)")]
+        assert sum(grade.correct for grade in grades) == 11
+        assert grader.failures == 1
+
+
+def test_a_worker_killed_between_batches_costs_nothing() -> None:
+    with Grader(workers=1, deadline=30) as grader:
+        grader.grade_many([box("0.5")], ["1/2"])
+        victim = grader._processes[0]._process
+        os.kill(victim.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
+        assert grader.grade_many([box("0.25")], ["1/4"]) == [Grade(True, True)]
+        assert grader.failures == 0
+
+
+def test_exhausted_memory_is_an_error_and_not_a_wrong_answer() -> None:
+    with Grader(workers=1, deadline=60, memory_mib=256) as grader:
+        completions, answers = [box("(x+1)^{100000}"), box("0.5")], ["(x+2)^{100000}", "1/2"]
+        assert grader.grade_many(completions, answers) == [Grade(False, True, "memory"), Grade(True, True)]
+
+
+def test_workers_are_replaced_after_a_number_of_answers() -> None:
+    with Grader(workers=1, deadline=30, recycle_after=2) as grader:
+        assert all(grade.correct for grade in grader.grade_many([box("0.5")], ["1/2"]))
+        first = grader._processes[0]
+        grades = grader.grade_many([box(f"{n}.5") for n in range(4)], [f"{2 * n + 1}/2" for n in range(4)])
+        assert all(grade.correct for grade in grades)
+        assert first not in grader._processes
+
+
+def test_closing_ends_the_workers_and_the_grader_can_start_again() -> None:
+    with Grader(workers=1, deadline=30) as grader:
+        grader.grade_many([box("0.5")], ["1/2"])
+        process = grader._processes[0]._process
+        grader.close()
+        assert process.poll() is not None
+        assert grader.grade_many([box("0.5")], ["1/2"]) == [Grade(True, True)]
+
+
+def test_workers_that_cannot_start_are_an_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "broken.py"
+    program.write_text('import sys\nsys.stdout.write(\'{"fatal": "no module named math_verify"}\\n\')\n')
+    monkeypatch.setattr(grading_process, "_PROGRAM", program)
+    with Grader() as grader, pytest.raises(RuntimeError, match="do not start: no module named math_verify"):
+        grader.grade_many([box("0.5")], ["1/2"])
+
+
+@pytest.mark.parametrize(
+    "setting", [{"workers": 0}, {"deadline": 0}, {"deadline": float("nan")}, {"memory_mib": 10}]
+)
+def test_impossible_limits_are_a_user_error_that_names_them(setting: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(setting))):
+        Grader(**setting)
+
+
+def test_sequences_of_different_length_are_refused(grader: Grader) -> None:
+    with pytest.raises(ValueError, match="2 completions, but 1 answers"):
+        grader.grade_many(["a", "b"], ["1"])
+
+
+PARENT = """
+import sys, threading
+from step_grpo.reward.grading import Grader
+grader = Grader(workers=2, deadline=2)
+grader.grade_many([r"\\boxed{0.5}", r"\\boxed{0.25}"], ["1/2", "1/4"])
+threading.Thread(target=grader.grade_many, args=([r"\\boxed{9^{9^{9^{9}}}}"], ["5"]), daemon=True).start()
+while not any(process.pair for process in grader._processes):
+    pass
+heavy = {"jax", "sympy", "math_verify", "latex2sympy2_extended"} & set(sys.modules)
+print([process._process.pid for process in grader._processes], sorted(heavy), flush=True)
+sys.stdin.read()
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_workers_idle_and_busy_end_when_their_parent_is_killed() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdin and parent.stdout
+    workers, heavy = parent.stdout.readline().strip().rsplit(" ", 1)
+    pids = json.loads(workers)
+    assert heavy == "[]"
+    assert len(pids) == 2
+    assert all(is_running(pid) for pid in pids)
+    parent.kill()
+    parent.wait()
+    give_up = time.monotonic() + 15
+    while any(is_running(pid) for pid in pids) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not any(is_running(pid) for pid in pids)
+    parent.stdin.close()
+    parent.stdout.close()
+
+
+MAIN = """
+import sys
+print("main", __name__, flush=True)
+from step_grpo.reward.grading import grade
+print(grade(r"\\boxed{0.5}", "1/2").correct, flush=True)
+"""
+
+
+def test_workers_do_not_run_the_callers_main_module_again(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(MAIN)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    run = subprocess.run(
+        [sys.executable, "-m", "program"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == "main __main__\nTrue\n"
+    assert run.stderr == ""

@@ -1,0 +1,190 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from step_grpo.errors import UserError
+from step_grpo.reward.rewards import NAMES, accuracy_format, length_penalty, score, step_aware
+
+SETTINGS: dict[str, Any] = {
+    "alpha": 0.9,
+    "beta": 0.5,
+    "baseline": "correct",
+    "length_penalty": 0.5,
+    "max_tokens": 100,
+}
+
+
+def step_aware_by_hand(acc, fmt, k, *, alpha, beta, baseline):
+    """METHOD.md, section 3, one completion at a time."""
+    rewards = np.zeros(np.shape(k))
+    for g in range(len(k)):
+        counted = [k[g][i] for i in range(len(k[g])) if acc[g][i] or baseline == "all"]
+        for i in range(len(k[g])):
+            factor = 1.0
+            if any(acc[g]):
+                mu = sum(counted) / len(counted)
+                factor = 1 - beta * math.tanh((k[g][i] - mu) / mu)
+            rewards[g, i] = alpha * acc[g][i] * factor + (1 - alpha) * fmt[g][i]
+    return rewards
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    shape = draw(array_shapes(min_dims=2, max_dims=2, max_side=6))
+    correct, formatted = draw(arrays(bool, shape)), draw(arrays(bool, shape))
+    return correct, formatted, draw(arrays(np.int32, shape, elements=st.integers(1, 60)))
+
+
+fractions = st.floats(0, 1)
+
+
+@given(groups(), fractions, fractions, st.sampled_from(["correct", "all"]))
+def test_step_aware_equals_the_formula_written_with_loops(group, alpha, beta, baseline) -> None:
+    rewards = step_aware(*group, alpha=alpha, beta=beta, baseline=baseline)
+    expected = step_aware_by_hand(*group, alpha=alpha, beta=beta, baseline=baseline)
+    np.testing.assert_allclose(rewards, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_step_aware_of_a_worked_example() -> None:
+    # mu = (1 + 3) / 2 = 2; the wrong completion of 100 steps does not move it.
+    rewards = step_aware([[1, 1, 0]], [[1, 0, 1]], [[1, 3, 100]])
+    expected = [[0.9 * (1 + 0.5 * math.tanh(0.5)) + 0.1, 0.9 * (1 - 0.5 * math.tanh(0.5)), 0.1]]
+    np.testing.assert_allclose(rewards, expected, rtol=1e-12)
+
+
+@given(groups())
+def test_fewer_steps_never_earn_less_among_the_correct(group) -> None:
+    correct, _, steps = group
+    rewards = step_aware(correct, np.ones_like(correct), steps)
+    for row in range(len(rewards)):
+        chosen = rewards[row][correct[row]][np.argsort(steps[row][correct[row]], kind="stable")]
+        assert (np.diff(chosen) <= 1e-12).all()
+
+
+@given(groups())
+def test_a_correct_completion_earns_more_than_a_wrong_one(group) -> None:
+    correct, _, steps = group
+    rewards = step_aware(correct, np.ones_like(correct), steps)
+    assert (rewards[correct] > 0.1 + 0.9 * 0.49).all()
+    np.testing.assert_allclose(rewards[~correct], 0.1)
+
+
+@given(groups())
+def test_group_without_a_correct_completion_earns_its_format_only(group) -> None:
+    correct, formatted, steps = group
+    for baseline in ("correct", "all"):
+        rewards = step_aware(np.zeros_like(correct), formatted, steps, baseline=baseline)
+        np.testing.assert_allclose(rewards, 0.1 * formatted)
+
+
+@given(groups(), fractions)
+def test_beta_zero_is_the_accuracy_reward(group, alpha) -> None:
+    np.testing.assert_array_equal(
+        step_aware(*group, alpha=alpha, beta=0.0), accuracy_format(*group[:2], alpha=alpha)
+    )
+
+
+@given(groups())
+def test_equal_steps_give_exactly_the_accuracy_reward(group) -> None:
+    correct, formatted, steps = group
+    same = np.full_like(steps, 7)
+    np.testing.assert_array_equal(step_aware(correct, formatted, same), accuracy_format(correct, formatted))
+
+
+@given(groups())
+def test_a_group_is_rewarded_without_regard_to_the_others(group) -> None:
+    together = step_aware(*group)
+    alone = [step_aware(*(array[row : row + 1] for array in group))[0] for row in range(len(together))]
+    np.testing.assert_array_equal(together, alone)
+
+
+@given(groups())
+def test_order_within_a_group_does_not_matter(group) -> None:
+    backwards = step_aware(*(array[:, ::-1] for array in group))[:, ::-1]
+    np.testing.assert_allclose(step_aware(*group), backwards, rtol=1e-12)
+
+
+@given(groups(), fractions)
+def test_length_penalty_equals_the_formula_written_with_loops(group, penalty) -> None:
+    correct, formatted, tokens = group
+    rewards = length_penalty(correct, formatted, tokens, penalty=penalty, max_tokens=40)
+    for index in np.ndindex(rewards.shape):
+        share = min(max(1 - penalty * int(tokens[index]) / 40, 0.0), 1.0)
+        assert rewards[index] == pytest.approx(0.9 * correct[index] * share + 0.1 * formatted[index])
+
+
+def test_length_penalty_is_linear_in_tokens_for_correct_completions_only() -> None:
+    rewards = length_penalty([[1, 1, 1, 0]], [[1, 1, 1, 1]], [[0, 50, 100, 100]], penalty=0.5, max_tokens=100)
+    np.testing.assert_allclose(rewards, [[1.0, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.5, 0.1]])
+
+
+def test_score_dispatches_by_name() -> None:
+    correct, formatted, steps, tokens = [[1, 1, 0]], [[1, 1, 0]], [[1, 4, 2]], [[10, 90, 50]]
+    expected = {
+        "step_aware": step_aware(correct, formatted, steps),
+        "accuracy": accuracy_format(correct, formatted),
+        "length_penalty": length_penalty(correct, formatted, tokens, penalty=0.5, max_tokens=100),
+    }
+    assert set(expected) == set(NAMES)
+    for name in NAMES:
+        rewards = score(name, correct, formatted, steps, tokens, **SETTINGS)
+        assert rewards.dtype == np.float64
+        np.testing.assert_array_equal(rewards, expected[name])
+
+
+def test_score_passes_every_setting_on() -> None:
+    batch: Any = ([[1, 1, 0]], [[1, 1, 1]], [[1, 4, 2]], [[10, 90, 50]])
+    reads = {
+        "step_aware": {"alpha", "beta", "baseline"},
+        "accuracy": {"alpha"},
+        "length_penalty": {"alpha", "length_penalty", "max_tokens"},
+    }
+    other = {"alpha": 0.5, "beta": 0.25, "baseline": "all", "length_penalty": 0.25, "max_tokens": 200}
+    for name, used in reads.items():
+        before = score(name, *batch, **SETTINGS)
+        for field, value in other.items():
+            changed = not np.array_equal(before, score(name, *batch, **{**SETTINGS, field: value}))
+            assert changed == (field in used), (name, field)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("no_such", "alpha", 0.9),
+        ("accuracy", "alpha", 1.5),
+        ("accuracy", "alpha", float("nan")),
+        ("step_aware", "beta", -0.1),
+        ("step_aware", "baseline", "median"),
+        ("length_penalty", "length_penalty", 2.0),
+        ("length_penalty", "max_tokens", 0),
+    ],
+)
+def test_wrong_setting_is_a_user_error_that_names_it(name: str, field: str, value: Any) -> None:
+    named = "step_aware, accuracy" if name == "no_such" else field.removeprefix("length_")
+    with pytest.raises(UserError, match=named):
+        score(name, [[1]], [[1]], [[1]], [[1]], **{**SETTINGS, field: value})
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        (([[2]], [[1]], [[1]]), "correct"),
+        (([[1]], [[0.5]], [[1]]), "formatted"),
+        (([[1]], [[1]], [[0]]), "steps"),
+        (([[1]], [[1]], [[float("nan")]]), "steps"),
+        (([[1, 1]], [[1]], [[1]]), "prompts, samples"),
+        (([1], [1], [1]), "prompts, samples"),
+    ],
+)
+def test_wrong_array_is_an_error_that_names_it(arrays: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        step_aware(*arrays)
+
+
+def test_empty_batch_gives_an_empty_batch() -> None:
+    assert step_aware(np.zeros((0, 5)), np.zeros((0, 5)), np.zeros((0, 5))).shape == (0, 5)

@@ -1,0 +1,136 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from brute_force import BruteForce
+
+from step_grpo.mesh import make_mesh
+from step_grpo.model import qwen
+from step_grpo.rollout.engine import RolloutEngine, identity
+from step_grpo.rollout.phases import Machine
+from step_grpo.rollout.triggers import build_vocabulary
+
+TEXTS = [
+    b"<eos>",
+    b"<end>",
+    b"</think>",
+    b"Wait",
+    b" Wait",
+    b".Wait",
+    b"ing",
+    b" a",
+    b" b",
+    b"c",
+    b"  ",
+    b"\n",
+    b"{",
+    b"}",
+]
+CFG = qwen.QwenConfig(
+    vocab_size=len(TEXTS), width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e4,
+    rms_eps=1e-6, tied=False, qk_norm=True, qkv_bias=False, init_std=0.35,
+)  # fmt: skip
+MACHINE = Machine(
+    truncate=True, max_response=72, think_budget=60, budget_margin=8, max_probes=4, max_probe_tokens=5,
+    max_repetitions=2, delta=0.3, strict=False, temperature=1.0, top_p=1.0, think_end=2, eos=(0, 1),
+    inducing=(11, 12), closing=(11, 2, 11),
+)  # fmt: skip
+TRIGGERS = ("Wait",)
+PROMPTS = [(7, 9, 11), (8,), (9, 9, 7, 13, 12), (10, 11)]
+KEY = jax.random.key(3)
+
+
+@functools.cache
+def make_params():
+    """Random weights under which ends are rare and triggers frequent: long completions, many probes."""
+    params = qwen.init_params(CFG, 1)
+    scale = jnp.ones(CFG.vocab_size).at[jnp.array([0, 1, 2])].set(0.2)
+    return {**params, "head_DV": params["head_DV"] * scale}
+
+
+@pytest.fixture
+def params():
+    return make_params()
+
+
+@functools.cache
+def run_named(name):
+    return run(make_params(), MACHINES[name])
+
+
+def run(params, machine, lanes=4, prompts=PROMPTS, samples=3):
+    mesh = make_mesh(lanes)
+    vocab = build_vocabulary(TEXTS, TRIGGERS)
+    engine = RolloutEngine(CFG, machine, vocab, lanes=lanes, max_prompt=8, dtype=jnp.float32, mesh=mesh)
+    return engine(qwen.decode_params(params, jnp.float32), prompts, samples, KEY)[0]
+
+
+MACHINES = {
+    "truncated": MACHINE,
+    "strict": dataclasses.replace(MACHINE, strict=True, delta=0.05, max_probe_tokens=8),
+    "tempered": dataclasses.replace(MACHINE, temperature=0.7, top_p=0.9),
+    "repetitive": dataclasses.replace(MACHINE, delta=1.0, max_repetitions=1, max_probes=2),
+    "plain": dataclasses.replace(MACHINE, truncate=False),
+    "greedy": dataclasses.replace(MACHINE, truncate=False, temperature=0.0),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_engine_equals_brute_force_loop(params, name):
+    machine = MACHINES[name]
+    reference = BruteForce(params, CFG, machine, TEXTS, TRIGGERS, longest=96)
+    for c in run_named(name):
+        prompt = PROMPTS[c.prompt]
+        tokens, logprobs, forced, reason, confidences = reference(prompt, KEY, identity(prompt), c.sample)
+        assert c.tokens.tolist() == tokens
+        assert c.forced.tolist() == forced
+        assert c.reason == reason
+        np.testing.assert_allclose(c.logprobs, logprobs, atol=1e-4)
+        np.testing.assert_allclose(c.confidences, confidences, atol=1e-4)
+
+
+def test_brute_force_cases_reach_every_reason():
+    """Else the comparison above would compare less than it says."""
+    seen = {c.reason for name in MACHINES for c in run_named(name)}
+    assert seen == {"natural", "early_exit", "budget", "rep", "eos", "length"}
+
+
+def same(a, b):
+    return all(
+        x.tokens.tolist() == y.tokens.tolist()
+        and x.reason == y.reason
+        and np.allclose(x.logprobs, y.logprobs, atol=1e-5)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 16])
+def test_lanes_and_refill_change_nothing(params, lanes):
+    assert same(run_named("truncated"), run(params, MACHINE, lanes=lanes))
+
+
+def test_order_and_company_of_prompts_change_nothing(params):
+    shuffled = run(params, MACHINE, prompts=PROMPTS[::-1])
+    there = {(len(PROMPTS) - 1 - c.prompt, c.sample): c for c in shuffled}
+    here = run_named("truncated")
+    assert same(here, [there[c.prompt, c.sample] for c in here])
+
+
+def test_declined_probe_leaves_tokens_and_randomness_unchanged(params):
+    """Probes that can never pass, in a machine without other exits, give plain sampling."""
+    never = dataclasses.replace(
+        MACHINE, delta=1.0, think_budget=10**6, budget_margin=0, max_repetitions=10**6, max_probes=50
+    )
+    probed, plain = run(params, never), run_named("plain")
+    assert sum(len(c.confidences) for c in probed) > 30
+    assert all(a.tokens.tolist() == b.tokens.tolist() for a, b in zip(probed, plain, strict=True))
+    for a, b in zip(probed, plain, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_prompt_too_long_is_refused(params):
+    with pytest.raises(ValueError, match="prompt 0 has 9 tokens; expected 1 to 8"):
+        run(params, MACHINE, prompts=[tuple(range(9))])
