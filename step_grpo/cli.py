@@ -155,6 +155,8 @@ def load_config(value: str) -> ConfigDict:
         raise UserError(f"--config: no such file: {name}{f' (did you mean {near[0]}?)' if near else ''}")
     try:
         get_config = _module(path).get_config
+        if colon and not inspect.signature(get_config).parameters:
+            raise UserError(f"--config: {name} takes no argument; leave out the colon and {arg!r}")
         config = get_config(arg) if colon else get_config()
     except UserError:
         raise

@@ -101,7 +101,10 @@ MISTAKES = {
     "config raises": (("--config=tiny.py:raises",), "tiny.py, line 9: ZeroDivisionError"),
     "config refuses": (("--config=tiny.py:refused",), "unknown argument 'refused'"),
     "no get_config": (("--config=empty.py",), "empty.py: AttributeError"),
-    "takes no argument": (("--config=noarg.py:x",), "noarg.py: TypeError"),
+    "takes no argument": (
+        ("--config=noarg.py:x",),
+        "noarg.py takes no argument; leave out the colon and 'x'",
+    ),
     "not a config": (("--config=tiny.py:other",), "returns dict, not a ConfigDict"),
     "typo in a field": (
         ("--config=tiny.py", "--config.group.lerning_rate=1"),
@@ -163,6 +166,7 @@ cli.run(main)
 DATA_MISTAKES = {
     "value out of range": (("--config.rollout.delta=2",), "config.rollout.delta is 2.0"),
     "hub name": (("--config.data.source=hf", "--config.data.name=no/such"), "config.data.name: 'no/such'"),
+    "broken file": (("--config.data.source=hf", "--config.data.name=bad.jsonl"), "cannot load 'bad.jsonl'"),
     "tfds name": (
         ("--config.data.source=tfds", "--config.data.name=math_qaa"),
         "config.data.name: TFDS has no",
@@ -181,6 +185,7 @@ def test_mistakes_about_data_and_tokenizer_are_one_line_too(folder, case, monkey
     (folder / "data_entry.py").write_text(DATA_ENTRY)
     (folder / "base.py").write_text("from step_grpo.config import base_config as get_config\n")
     (folder / "good.jsonl").write_text('{"problem": "Q", "answer": "1"}\n')
+    (folder / "bad.jsonl").write_text("{not json\n")
     (folder / "rows.jsonl").write_text('{"problem": "Q", "answer": "1"}\n{"problem": "Q"}\n')
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     arguments, part = DATA_MISTAKES[case]

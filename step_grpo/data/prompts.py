@@ -35,9 +35,6 @@ def load_tokenizer(name: str, *, where: str = "config.model.tokenizer") -> Token
     Raises:
         UserError: no such folder, not a tokenizer, or a name that neither the cache nor the Hub has.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it found no PyTorch
-    from transformers import AutoTokenizer  # noqa: PLC0415 (seconds of import)
-
     if not name:
         raise UserError(f"{where} is empty; name the folder or the Hub name of a tokenizer")
     folder = Path(name).expanduser()
@@ -49,10 +46,12 @@ def load_tokenizer(name: str, *, where: str = "config.model.tokenizer") -> Token
                 f"{where}: {name!r} is no local folder, not in the cache, and the Hugging Face Hub cannot be "
                 "reached; check the name and the network, or name a local folder"
             )
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it found no PyTorch
+    from transformers import AutoTokenizer  # noqa: PLC0415 (seconds of import)
+
+    place = str(folder) if folder.is_dir() else name
     try:
-        return AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else name, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # the library raises whatever its file formats do
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
