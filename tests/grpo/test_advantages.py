@@ -66,7 +66,7 @@ def test_better_rewards_never_get_smaller_advantages(rewards):
         assert np.isfinite(advantages).all()
 
 
-@given(REWARDS)
+@given(hnp.arrays(np.float32, (2, 5), elements=st.floats(-8, 8, width=32)))  # one shape: one compilation
 def test_jax_and_numpy_agree(rewards):
     np.testing.assert_allclose(
         group_advantages(jnp.asarray(rewards)), group_advantages(rewards), rtol=1e-4, atol=1e-5
