@@ -120,7 +120,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
                 )
                 clock.lap("update_seconds")
 
-                figures = rollout_figures(scored, reward, stats) | measured | clock.laps
+                figures = rollout_figures(scored, reward, stats, config.rollout.delta) | measured | clock.laps
                 metrics.write(step + 1, figures)
                 warn_of_no_signal(figures)
                 shown = ("accuracy", "tokens", "steps", "exit_early_exit", "reward", "kl")
@@ -327,7 +327,9 @@ def update_policy(
 # ---------------------------------------------------------------------- what is logged
 
 
-def rollout_figures(scored: Sequence[Scored], reward: np.ndarray, stats: RolloutStats) -> dict[str, float]:
+def rollout_figures(
+    scored: Sequence[Scored], reward: np.ndarray, stats: RolloutStats, delta: float
+) -> dict[str, float]:
     """Figures of one rollout batch, all plain numbers."""
     completions = [s.completion for s in scored]
     confidences = np.concatenate([c.confidences for c in completions])
@@ -346,14 +348,16 @@ def rollout_figures(scored: Sequence[Scored], reward: np.ndarray, stats: Rollout
         "probes": len(confidences) / len(scored),
         "probe_tokens": sum(c.probe_tokens for c in completions) / len(scored),
         "generated_per_second": tokens / stats.seconds,
-        "lane_use": tokens / max(stats.lane_steps, 1),
+        "prefill_seconds": stats.prefill_seconds,
+        "decode_seconds": stats.decode_seconds,
+        "lane_use": stats.live_steps / max(stats.lane_steps, 1),
     }
     figures |= {f"exit_{reason}": reasons[reason] / len(scored) for reason in REASONS}
-    return figures | confidence_figures(confidences)
+    return figures | confidence_figures(confidences, delta)
 
 
-def confidence_figures(confidences: np.ndarray) -> dict[str, float]:
-    """p10, p50, p90 and the largest of a batch's probe confidences; nothing where there was no probe."""
+def confidence_figures(confidences: np.ndarray, delta: float) -> dict[str, float]:
+    """Percentiles of a batch's probe confidences and the share above delta; nothing without a probe."""
     if not len(confidences):
         return {}
     p10, p50, p90 = np.percentile(confidences, [10, 50, 90])
@@ -363,6 +367,7 @@ def confidence_figures(confidences: np.ndarray) -> dict[str, float]:
         "confidence_p50": float(p50),
         "confidence_p90": float(p90),
         "confidence_max": float(largest),
+        "confidence_above_delta": float(np.mean(confidences > delta)),
     }
 
 

@@ -407,6 +407,6 @@ def test_exit_shares_are_averaged_over_steps_and_absent_reasons_left_out():
 
 def test_confidence_figures_are_percentiles():
     values = np.linspace(0, 1, 101).astype(np.float32)
-    figures = confidence_figures(values)
-    assert list(figures.values()) == pytest.approx([0.1, 0.5, 0.9, 1.0], abs=1e-6)
-    assert confidence_figures(values[:0]) == {}
+    figures = confidence_figures(values, 0.5)
+    assert list(figures.values()) == pytest.approx([0.1, 0.5, 0.9, 1.0, 50 / 101], abs=1e-6)
+    assert confidence_figures(values[:0], 0.5) == {}

@@ -51,3 +51,15 @@ def copy_lanes(cache: Cache, source: Cache, row_B: jax.Array) -> Cache:
         return jax.lax.dynamic_update_slice(old, chosen.astype(old.dtype), (0, 0, 0, 0))
 
     return jax.tree.map(put, cache, source)
+
+
+def with_capacity(cache: Cache, capacity: int) -> Cache:
+    """The cache with room for `capacity` tokens a lane: padded with zeros, or cut."""
+
+    def resize(array):
+        held = array[:, :, :capacity]
+        missing = [(0, 0)] * array.ndim
+        missing[2] = (0, capacity - held.shape[2])
+        return jnp.pad(held, missing)
+
+    return jax.tree.map(resize, cache)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from step_grpo.model import qwen
-from step_grpo.model.cache import Cache, copy_lanes, empty_cache
+from step_grpo.model.cache import Cache, copy_lanes, empty_cache, with_capacity
 from step_grpo.rollout import phases
 from step_grpo.rollout.phases import DONE, THINK, Lane, Machine, Observation, Probed
 from step_grpo.rollout.sampling import sample, sample_key
@@ -21,8 +21,23 @@ class RolloutState(NamedTuple):
     tokens: jax.Array  # [B, R] the completions so far
     logprobs: jax.Array  # [B, R] of each recorded token, tempered
     forced: jax.Array  # [B, R] recorded by the machine, not sampled
-    words: jax.Array  # [B, R, 2] see phases.read_text
+    words: jax.Array  # [B, R, 2] see phases.read_text; unused ([B, 1, 2]) in plain sampling
     cache: Cache
+
+
+class Prefilled(NamedTuple):
+    """Prompts that completions can start from, leaves `[Q, ...]`."""
+
+    cache: Cache  # [Q, K, T, H] a layer
+    length: jax.Array
+    last_token: jax.Array
+
+
+class Taken(NamedTuple):
+    """What a segment did, `[1]` each: one entry a device where lanes are sharded."""
+
+    steps: jax.Array
+    live_steps: jax.Array  # summed over the lanes that were not DONE
 
 
 def empty_state(cfg: qwen.QwenConfig, machine: Machine, lanes: int, capacity: int, dtype) -> RolloutState:
@@ -37,7 +52,7 @@ def empty_state(cfg: qwen.QwenConfig, machine: Machine, lanes: int, capacity: in
         tokens=jnp.zeros((B, R), jnp.int32),
         logprobs=jnp.zeros((B, R)),
         forced=jnp.zeros((B, R), bool),
-        words=jnp.zeros((B, R if machine.truncate else 0, 2), jnp.uint32),
+        words=jnp.zeros((B, R if machine.truncate else 1, 2), jnp.uint32),
         cache=empty_cache(cfg.layers, B, cfg.kv_heads, capacity, cfg.head_dim, dtype),
     )
 
@@ -69,33 +84,38 @@ def fresh_lanes(
     return Lane(**scalars)
 
 
-def refill(
-    cfg: qwen.QwenConfig,
-    params: qwen.Params,
-    state: RolloutState,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    row: jax.Array,
-    prompt_id: jax.Array,
-    sample_id: jax.Array,
+def prefill(cfg: qwen.QwenConfig, params: qwen.Params, prompts: jax.Array, lengths: jax.Array) -> Prefilled:
+    """Runs prompts `[Q, T]`, padded on the right, of `lengths` `[Q]` tokens through the model."""
+    last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
+    return Prefilled(qwen.prefill(params, cfg, prompts, lengths), lengths, last)
+
+
+def insert(
+    state: RolloutState, prefilled: Prefilled, row: jax.Array, prompt_id: jax.Array, sample_id: jax.Array
 ) -> RolloutState:
-    """Prefills each prompt once and starts a completion of it in every lane that asks for it.
+    """Starts a completion in every lane that asks for one; the prompt's cache is copied, not made again.
 
     Args:
-        cfg: architecture.
-        params: `qwen.decode_params`.
         state: lanes; those with `row >= 0` are overwritten.
-        prompts: `[Q, T]` prompts, padded on the right.
-        lengths: `[Q]` tokens in each prompt.
+        prefilled: prompts.
         row: `[B]` prompt that a lane takes, -1 for a lane that goes on undisturbed.
         prompt_id: `[B]` identity of that prompt, for randomness.
         sample_id: `[B]` number of the completion within its group.
     """
-    cache = copy_lanes(state.cache, qwen.prefill(params, cfg, prompts, lengths), row)
     at = jnp.maximum(row, 0)
-    last_token = prompts[at, lengths[at] - 1]
-    fresh = fresh_lanes(prompt_id, sample_id, lengths[at], last_token)
+    fresh = fresh_lanes(prompt_id, sample_id, prefilled.length[at], prefilled.last_token[at])
+    cache = copy_lanes(state.cache, prefilled.cache, row)
     return state._replace(lane=phases.select(row >= 0, fresh, state.lane), cache=cache)
+
+
+def resize(state: RolloutState, capacity: int) -> RolloutState:
+    """Gives each lane's cache room for `capacity` tokens; a smaller one must hold what is in use."""
+    return state._replace(cache=with_capacity(state.cache, capacity))
+
+
+def pack(state: RolloutState, lanes: jax.Array) -> RolloutState:
+    """Keeps the lanes `[B']` and forgets the others."""
+    return jax.tree.map(lambda x: x[lanes], state)
 
 
 def decode_segment(
@@ -107,23 +127,26 @@ def decode_segment(
     state: RolloutState,
     max_steps: jax.Array,
     stop_live: jax.Array,
-) -> tuple[RolloutState, jax.Array]:
-    """Advances all lanes by up to `max_steps` tokens, until at most `stop_live` lanes are not DONE.
+) -> tuple[RolloutState, Taken]:
+    """Advances all lanes by up to `max_steps` tokens, until at most `stop_live` `[1]` of them are not DONE.
 
-    Returns:
-        The state, and the number of steps taken, `[1]`: one entry a device where lanes are sharded.
+    Arrays of one entry are one entry a device where lanes are sharded.
     """
 
+    def live(state):
+        return jnp.sum(state.lane.phase != DONE)
+
     def go_on(carry):
-        step, state = carry
-        return (step < max_steps) & (jnp.sum(state.lane.phase != DONE) > stop_live)
+        taken, state = carry
+        return (taken.steps < max_steps) & (live(state) > stop_live[0])
 
     def advance(carry):
-        step, state = carry
-        return step + 1, decode_step(cfg, machine, params, vocab, run_key, state)
+        taken, state = carry
+        taken = Taken(taken.steps + 1, taken.live_steps + live(state))
+        return taken, decode_step(cfg, machine, params, vocab, run_key, state)
 
-    steps, state = jax.lax.while_loop(go_on, advance, (jnp.int32(0), state))
-    return state, steps[None]
+    taken, state = jax.lax.while_loop(go_on, advance, (Taken(jnp.int32(0), jnp.int32(0)), state))
+    return state, Taken(taken.steps[None], taken.live_steps[None])
 
 
 def decode_step(

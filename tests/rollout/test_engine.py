@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from brute_force import BruteForce
 
+from step_grpo.errors import UserError
 from step_grpo.mesh import make_mesh
 from step_grpo.model import qwen
-from step_grpo.rollout.engine import RolloutEngine, identity
+from step_grpo.rollout import engine as engine_module
+from step_grpo.rollout import programs
+from step_grpo.rollout.engine import RolloutEngine, identity, lanes_that_fit
 from step_grpo.rollout.phases import Machine
 from step_grpo.rollout.triggers import build_vocabulary
 
@@ -61,10 +64,13 @@ def run_named(name):
     return run(make_params(), MACHINES[name])
 
 
-def run(params, machine, lanes=4, prompts=PROMPTS, samples=3):
-    mesh = make_mesh(lanes)
+def make_engine(machine, lanes, mesh):
     vocab = build_vocabulary(TEXTS, TRIGGERS)
-    engine = RolloutEngine(CFG, machine, vocab, lanes=lanes, max_prompt=8, dtype=jnp.float32, mesh=mesh)
+    return RolloutEngine(CFG, machine, vocab, lanes=lanes, max_prompt=8, dtype=jnp.float32, mesh=mesh)
+
+
+def run(params, machine, lanes=4, prompts=PROMPTS, samples=3):
+    engine = make_engine(machine, lanes, make_mesh(lanes))
     return engine(qwen.decode_params(params, jnp.float32), prompts, samples, KEY)[0]
 
 
@@ -134,3 +140,96 @@ def test_declined_probe_leaves_tokens_and_randomness_unchanged(params):
 def test_prompt_too_long_is_refused(params):
     with pytest.raises(ValueError, match="prompt 0 has 9 tokens; expected 1 to 8"):
         run(params, MACHINE, prompts=[tuple(range(9))])
+
+
+def test_cache_that_grows_and_lanes_that_are_packed_change_nothing(params, monkeypatch):
+    small_steps(monkeypatch)
+    mesh = make_mesh(2)
+    engine = make_engine(MACHINE, lanes=16, mesh=mesh)
+    completions, stats = engine(qwen.decode_params(params, jnp.float32), PROMPTS, 5, KEY)
+    assert stats.resizes >= 4  # both capacities, then 8, 4, 2 lanes
+    first = [c for c in completions if c.sample < 3]
+    assert same(run_named("truncated"), first)
+
+
+def test_cache_shrinks_when_the_long_completions_are_done(params, monkeypatch):
+    small_steps(monkeypatch)
+    monkeypatch.setattr(programs, "PACKINGS", 0)
+    capacities = []
+    resize = programs.Programs.resize
+    monkeypatch.setattr(
+        programs.Programs, "resize", lambda self, state, c: (capacities.append(c), resize(self, state, c))[1]
+    )
+    engine = make_engine(MACHINE, lanes=1, mesh=make_mesh(1))
+    completions, _ = engine(qwen.decode_params(params, jnp.float32), PROMPTS, 3, KEY)
+    assert 64 in capacities and 128 in capacities
+    assert same(run_named("truncated"), completions)
+
+
+def test_nothing_compiles_after_the_first_batch(params, monkeypatch):
+    small_steps(monkeypatch)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _, **__: compiled.append(name) if "compile" in name else None
+    )
+    weights = qwen.decode_params(params, jnp.float32)
+    keys = [jax.random.fold_in(KEY, i) for i in range(11)]
+    engine = make_engine(MACHINE, lanes=8, mesh=make_mesh(2))
+    engine(weights, PROMPTS[1:2], 1, keys[0])
+    assert compiled
+    compiled.clear()
+    for i in range(10):
+        prompts = [(7 + (i + p) % 4,) * (1 + (i + 3 * p) % 8) for p in range(1 + i)]
+        engine(weights, prompts, 1 + i % 3, keys[1 + i])
+    assert not compiled
+
+
+def test_prompt_is_prefilled_once_for_its_group(params):
+    engine = make_engine(MACHINE, lanes=2, mesh=make_mesh(1))
+    _, stats = engine(qwen.decode_params(params, jnp.float32), PROMPTS, 7, KEY)
+    assert stats.prefilled == len(PROMPTS) * 32  # one row of 32 tokens at a time
+
+
+def test_live_steps_count_the_tokens_that_were_fed(params):
+    completions, stats = make_engine(MACHINES["plain"], lanes=4, mesh=make_mesh(2))(
+        qwen.decode_params(params, jnp.float32), PROMPTS, 3, KEY
+    )
+    assert stats.live_steps == sum(len(c.tokens) for c in completions) <= stats.lane_steps
+
+
+def small_steps(monkeypatch):
+    """Shapes so close together that short completions pass through all of them."""
+    monkeypatch.setattr(engine_module, "SEGMENT_STEPS", 8)
+    monkeypatch.setattr(programs, "LEAST_CAPACITY", 32)
+    monkeypatch.setattr(programs, "LEAST_LANES", 1)
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "lanes"),
+    [([1000, 400], 100, 24), ([1000, 50], 100, 3), ([None], 100, 64), ([None], 5, 5), ([10**9], 10**9, 512)],
+)
+def test_lanes_follow_the_poorest_device(free, wanted, lanes):
+    assert lanes_that_fit(free, 10, wanted) == lanes
+
+
+def test_device_without_room_for_a_lane_is_named():
+    with pytest.raises(UserError, match=r"config\.rollout\.max_response_tokens"):
+        lanes_that_fit([2**30], 2**31, 4)
+
+
+def test_engine_chooses_its_lanes(params):
+    engine = make_engine(MACHINE, lanes=0, mesh=make_mesh(2))
+    completions, _ = engine(qwen.decode_params(params, jnp.float32), PROMPTS, 3, KEY)
+    assert same(run_named("truncated"), completions)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "capacity", "devices"), [(64, 315, 1), (128, 18459, 2), (3, 87, 1), (1, 40, 1)]
+)
+def test_ladder_ends_at_what_the_longest_needs(lanes, capacity, devices):
+    ladder = programs.make_ladder(lanes, capacity, 2048, devices)
+    assert ladder.capacities[-1] >= capacity and ladder.capacities[-1] - capacity < 64
+    assert list(ladder.capacities) == sorted(set(ladder.capacities))
+    assert ladder.widths[-1] == 2048
+    assert ladder.packed[0] == lanes and all(n % devices == 0 for n in ladder.packed)
+    assert len(set(ladder.shapes)) == len(ladder.shapes)
