@@ -65,7 +65,7 @@ def base_config() -> ConfigDict:
     )
     rollout = {
         "samples": 5,  # G, completions a prompt
-        "lanes": 64,
+        "lanes": 0,  # completions in hand at a time; 0: as many as the devices' free memory holds
         "max_prompt_tokens": 2048,
         "max_response_tokens": 16384,
         "temperature": 1.0,
@@ -310,8 +310,8 @@ def _check_data(data: ConfigDict, where: str) -> None:
 def _check_rollout(rollout: ConfigDict) -> None:
     where = "config.rollout"
     _require(rollout.samples >= 2, f"{where}.samples", rollout.samples, "at least 2, to compare in a group")
-    _at_least(1, rollout, where, "lanes", "max_prompt_tokens", "max_response_tokens", "max_repetitions")
-    _at_least(0, rollout, where, "max_probes", "budget_margin")
+    _at_least(1, rollout, where, "max_prompt_tokens", "max_response_tokens", "max_repetitions")
+    _at_least(0, rollout, where, "lanes", "max_probes", "budget_margin")
     _positive(rollout, where, "temperature")
     _share(rollout, where, "top_p", "think_ratio")
     _fraction(rollout, where, "delta")

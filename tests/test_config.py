@@ -137,7 +137,7 @@ WRONG = {
     "data.answer_column": "",
     "eval.data.source": "csv",
     "rollout.samples": 1,
-    "rollout.lanes": 0,
+    "rollout.lanes": -1,
     "rollout.max_prompt_tokens": 0,
     "rollout.max_response_tokens": 0,
     "rollout.temperature": 0.0,

@@ -410,3 +410,11 @@ def test_confidence_figures_are_percentiles():
     figures = confidence_figures(values, 0.5)
     assert list(figures.values()) == pytest.approx([0.1, 0.5, 0.9, 1.0, 50 / 101], abs=1e-6)
     assert confidence_figures(values[:0], 0.5) == {}
+
+
+def test_what_alters_no_result_may_change_when_a_run_goes_on():
+    saved = short_config().to_dict()
+    freed = short_config(
+        {"steps": 9, "rollout": {"lanes": 2}, "reward": {"grading_workers": 1}, "keep_checkpoints": 7}
+    )
+    checkpoint.check_same_run(saved, freed.to_dict(), Path("a run"))
