@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
