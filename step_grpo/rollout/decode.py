@@ -175,9 +175,20 @@ def decode_step(
 def observe(
     machine: Machine, vocab: Vocabulary, state: RolloutState, logits_BV: jax.Array, keys_B: jax.Array
 ) -> tuple[Observation, jax.Array]:
-    """Everything that the phases may look at, `[B]` each; and the hash of the chunk if it ended here."""
+    """Everything that the phases may look at, `[B]` each; and the hash of the chunk if it ended here.
+
+    Log-probs of sampled and forced tokens are those of the whole tempered softmax, whatever top-k, top-p and
+    min-p leave of it: they are compared with the trainer's, which knows no such limits.
+    """
     lane = state.lane
-    token = sample(logits_BV, keys_B, temperature=machine.temperature, top_p=machine.top_p).astype(jnp.int32)
+    token = sample(
+        logits_BV,
+        keys_B,
+        temperature=machine.temperature,
+        top_k=machine.top_k,
+        top_p=machine.top_p,
+        min_p=machine.min_p,
+    ).astype(jnp.int32)
     normaliser = jax.nn.logsumexp(logits_BV, axis=-1)
     tempered_BV, tempered_normaliser = logits_BV, normaliser
     if machine.temperature not in (0, 1):

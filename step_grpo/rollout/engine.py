@@ -245,7 +245,9 @@ def build_engine(
     *,
     truncate: bool,
     temperature: float,
+    top_k: int,
     top_p: float,
+    min_p: float,
     max_response: int,
 ) -> RolloutEngine:
     """The engine of a model: its token tables and the settings of a config's `rollout` part, in tokens."""
@@ -270,6 +272,8 @@ def build_engine(
         eos=described.eos_ids,
         inducing=encode(config.inducing_prompt),
         closing=encode(CLOSING),
+        top_k=top_k,
+        min_p=min_p,
     )
     texts = token_bytes(tokenizer, described.config.vocab_size)
     vocab = build_vocabulary(texts, tuple(config.triggers))

@@ -52,6 +52,8 @@ class Machine:
     eos: tuple[int, ...]
     inducing: tuple[int, ...]
     closing: tuple[int, ...]
+    top_k: int = 0
+    min_p: float = 0.0
 
 
 class Lane(NamedTuple):
@@ -188,7 +190,7 @@ def record_thought(machine: Machine, lane: Lane, emit: Emit) -> tuple[Lane, Emit
 
 
 def probe(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
-    """PROBE: feed the inducing prompt, then the greedy answer; at its end exit, or begin to put the trigger back."""
+    """PROBE: feed the inducing prompt, then the greedy answer; at its end exit, or put the trigger back."""
     lane = lane._replace(probe_tokens=lane.probe_tokens + 1)
     inducing = lane.queued < len(machine.inducing)
     induce = lane._replace(
@@ -225,7 +227,7 @@ def probe(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
 
 
 def put_back(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
-    """PUT_BACK: after a declined probe, feed the trigger's recorded tokens again; then record the held one."""
+    """PUT_BACK: after a declined probe, feed the recorded tokens again; then record the held one."""
     lane = lane._replace(probe_tokens=lane.probe_tokens + 1)
     lane, emit = put_back_next(machine, lane, seen.recorded, seen.closing_logprobs[0])
     return lane, probed, emit
@@ -312,9 +314,7 @@ def select(condition: jax.Array, chosen, other):
     return jax.tree.map(partial(jnp.where, condition), chosen, other)
 
 
-def watch_text(
-    lane: Lane, recent: Recent, vocab: Vocabulary, token_B: jax.Array, here: Recent
-) -> Found:
+def watch_text(lane: Lane, recent: Recent, vocab: Vocabulary, token_B: jax.Array, here: Recent) -> Found:
     """The trigger that a token would confirm behind each lane's text; `here` is what the token meets, `[B]`.
 
     A chunk that is over before it began, because the trigger begins in the last token of the one before, is
@@ -377,9 +377,8 @@ def read_text(
 
 def open_chunk(lane: Lane, opens_B: jax.Array, start_B: jax.Array) -> Lane:
     """Begins a new chunk at position `start_B` of the lanes where `opens_B`."""
-    fresh = lane._replace(
-        chunk_start=start_B, chunk_hash=jnp.zeros_like(lane.chunk_hash), word_hash=jnp.zeros_like(lane.word_hash)
-    )
+    no_hash = jnp.zeros_like(lane.chunk_hash)
+    fresh = lane._replace(chunk_start=start_B, chunk_hash=no_hash, word_hash=no_hash)
     return select(opens_B, fresh, lane)
 
 

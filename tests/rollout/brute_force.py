@@ -38,7 +38,8 @@ class BruteForce:
         @jax.jit
         def draw(logits, run_key, prompt_id, sample_id, position):
             keys = sample_key(run_key, prompt_id, sample_id, position)[None]
-            return sample(logits, keys, temperature=machine.temperature, top_p=machine.top_p)[0]
+            limits = {"top_k": machine.top_k, "top_p": machine.top_p, "min_p": machine.min_p}
+            return sample(logits, keys, temperature=machine.temperature, **limits)[0]
 
         self.last_logits, self.draw = last_logits, draw
 
@@ -68,8 +69,7 @@ class BruteForce:
         m = self.machine
         out, logprobs, forced = [], [], []
         confidences, reason, phase = [], "unfinished", "THINK"
-        probes = repetitions = 0
-        chunk_start, previous_words, known = 0, None, set()
+        repetitions, chunk_start, previous_words, known = 0, 0, None, set()
 
         def record(token, logits, by_machine):
             scaled = np.asarray(logits, np.float64)[0] / (m.temperature or 1)
@@ -99,17 +99,11 @@ class BruteForce:
                 words = set(self.text(out[chunk_start:cut]).split(" "))
                 repetitions += words == previous_words
                 previous_words = words
-                confidence = 0.0
                 if repetitions >= m.max_repetitions:
                     reason = "rep"
-                elif probes < m.max_probes:
-                    probes += 1
-                    confidence = self.confidence([*prompt, *out[:cut]])
-                    confidences.append(confidence)
-                    if cut >= m.think_budget - m.budget_margin:
-                        reason = "budget"
-                    if confidence > m.delta:
-                        reason = "early_exit"
+                elif len(confidences) < m.max_probes:
+                    confidences.append(self.confidence([*prompt, *out[:cut]]))
+                    reason = self.verdict(confidences[-1], cut)
                 if reason != "unfinished":
                     for recorded in (out, logprobs, forced):
                         del recorded[cut:]
@@ -128,6 +122,13 @@ class BruteForce:
         if reason == "unfinished":
             reason = "length"
         return out, logprobs, forced, reason, confidences
+
+    def verdict(self, confidence, length):
+        """Why a probe behind `length` tokens ends the thinking, if it does."""
+        if confidence > self.machine.delta:
+            return "early_exit"
+        near = length >= self.machine.think_budget - self.machine.budget_margin
+        return "budget" if near else "unfinished"
 
     def confidence(self, text):
         m = self.machine

@@ -89,7 +89,7 @@ def run(params, machine, lanes=4, prompts=PROMPTS, samples=3, split=False):
 MACHINES = {
     "truncated": MACHINE,
     "strict": dataclasses.replace(MACHINE, strict=True, delta=0.05, max_probe_tokens=8),
-    "tempered": dataclasses.replace(MACHINE, temperature=0.7, top_p=0.9),
+    "tempered": dataclasses.replace(MACHINE, temperature=0.7, top_k=10, top_p=0.9, min_p=0.01),
     "repetitive": dataclasses.replace(MACHINE, delta=1.0, max_repetitions=1, max_probes=2),
     "plain": dataclasses.replace(MACHINE, truncate=False),
     "greedy": dataclasses.replace(MACHINE, truncate=False, temperature=0.0),
@@ -140,12 +140,13 @@ def test_order_and_company_of_prompts_change_nothing(params):
     assert same(here, [there[c.prompt, c.sample] for c in here])
 
 
-def test_declined_probe_leaves_tokens_and_randomness_unchanged(params):
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_declined_probe_leaves_tokens_and_randomness_unchanged(params, split):
     """Probes that can never pass, in a machine without other exits, give plain sampling."""
     never = dataclasses.replace(
         MACHINE, delta=1.0, think_budget=10**6, budget_margin=0, max_repetitions=10**6, max_probes=50
     )
-    probed, plain = run(params, never), run_named("plain")
+    probed, plain = run(params, never, split=split), run_named("plain")
     assert sum(len(c.confidences) for c in probed) > 30
     assert all(a.tokens.tolist() == b.tokens.tolist() for a, b in zip(probed, plain, strict=True))
     for a, b in zip(probed, plain, strict=True):
