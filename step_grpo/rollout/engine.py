@@ -21,7 +21,7 @@ from step_grpo.model.load import Description
 from step_grpo.rollout import decode
 from step_grpo.rollout.phases import DONE, REASONS, Machine
 from step_grpo.rollout.programs import Programs, make_ladder, round_up
-from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, token_bytes
+from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, reach, token_bytes
 
 SEGMENT_STEPS = 64  # steps between two looks of the host at the lanes
 CLOSING = "\n</think>\n\n"  # appended where the machine ends the thinking
@@ -153,7 +153,7 @@ class RolloutEngine:
 
     def _lanes_that_fit(self, completions: int) -> int:
         wanted = round_up(completions, self.mesh.size) // self.mesh.size
-        lane = lane_bytes(self.cfg, self.machine, self.capacity, self.dtype)
+        lane = lane_bytes(self.cfg, self.machine, self.vocab, self.capacity, self.dtype)
         return self.mesh.size * lanes_that_fit([free_bytes(d) for d in self.mesh.local_devices], lane, wanted)
 
     def __call__(
@@ -417,9 +417,10 @@ def free_bytes(device: jax.Device) -> int | None:
     return memory["bytes_limit"] - memory["bytes_in_use"]
 
 
-def lane_bytes(cfg: qwen.QwenConfig, machine: Machine, capacity: int, dtype: Any) -> int:
+def lane_bytes(cfg: qwen.QwenConfig, machine: Machine, vocab: Vocabulary, capacity: int, dtype: Any) -> int:
     """Memory of one lane with a full cache, float32 logits of a few copies included."""
-    state = jax.eval_shape(lambda: decode.empty_state(cfg, machine, 1, capacity, dtype))
+    back = reach(vocab.triggers)
+    state = jax.eval_shape(lambda: decode.empty_state(cfg, machine, 1, capacity, dtype, back))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return held + 4 * 4 * cfg.vocab_size
 
@@ -454,7 +455,9 @@ def build_engine(
     *,
     truncate: bool,
     temperature: float,
+    top_k: int,
     top_p: float,
+    min_p: float,
     max_response: int,
 ) -> RolloutEngine:
     """The engine of a model: its token tables and the settings of a config's `rollout` part, in tokens."""
@@ -479,6 +482,8 @@ def build_engine(
         eos=described.eos_ids,
         inducing=encode(config.inducing_prompt),
         closing=encode(CLOSING),
+        top_k=top_k,
+        min_p=min_p,
     )
     texts = token_bytes(tokenizer, described.config.vocab_size)
     vocab = build_vocabulary(texts, tuple(config.triggers))

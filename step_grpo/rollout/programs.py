@@ -23,7 +23,7 @@ from step_grpo.model import qwen
 from step_grpo.rollout import decode
 from step_grpo.rollout.decode import Prefilled, RolloutState
 from step_grpo.rollout.phases import Machine
-from step_grpo.rollout.triggers import Vocabulary
+from step_grpo.rollout.triggers import Vocabulary, reach
 
 CAPACITY_LEVELS = 3  # full, half, quarter
 LEAST_CAPACITY = 128  # tokens below which a smaller cache is not worth a program
@@ -117,7 +117,8 @@ class Programs:
         """
         self.ladder, self.rows, self._mesh, self._vocab = ladder, rows, mesh, vocab
         self._here, self._everywhere = over_data(mesh), replicated(mesh)
-        self._cfg, self._machine, self._dtype = cfg, machine, dtype
+        self._cfg, self._machine = cfg, machine
+        self._make_state = partial(decode.empty_state, cfg, machine, dtype=dtype, reach=reach(vocab.triggers))
         with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
             planned = self._plan(params)
             made = pool.map(lambda lowered: lowered().compile(), planned.values())
@@ -164,7 +165,7 @@ class Programs:
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._everywhere)
         first = self.ladder.shapes[0]
-        empty = partial(decode.empty_state, cfg, machine, first.lanes // n, first.capacity, self._dtype)
+        empty = partial(self._make_state, lanes=first.lanes // n, capacity=first.capacity)
         plan: dict[Hashable, Callable[[], Any]] = {"empty": self._lower(empty, (), (), local)}
         for width in self.ladder.widths:
             prompts = self._abstract((n * self.rows, width), jnp.int32)
@@ -220,7 +221,7 @@ class Programs:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self._here)
 
     def _state(self, shape: Shape) -> RolloutState:
-        make = partial(decode.empty_state, self._cfg, self._machine, shape.lanes, shape.capacity, self._dtype)
+        make = partial(self._make_state, lanes=shape.lanes, capacity=shape.capacity)
         return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(make))
 
     def _prefilled(self, params: qwen.Params, width: int) -> Prefilled:

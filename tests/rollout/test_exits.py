@@ -97,7 +97,10 @@ def end_of_probe(delta: float, last_logprob: float, length: int = 20) -> tuple[L
         greedy_logprob=jnp.full(1, last_logprob),
         closing_logprobs=jnp.zeros((1, 3)),
         is_trigger=jnp.zeros(1, bool),
+        pieces=one,
+        exit_logprob=jnp.zeros(1),
         finished_chunk_hash=jnp.zeros(1, jnp.uint32),
+        recorded=one,
     )
     machine = Machine(**{**vars(MACHINE), "delta": delta})
     lane, _, emit = phases.step_lanes(machine, lane, Probed(jnp.zeros((1, 5)), jnp.zeros((1, 4))), seen)
