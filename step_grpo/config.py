@@ -385,3 +385,20 @@ def sft_config() -> ConfigDict:
     config.architecture = ConfigDict()
     config.instruction = data_config().instruction
     return config.lock()
+
+
+def validate_sft(config: ConfigDict) -> None:
+    """Checks the fields of an `sft_config`.
+
+    Raises:
+        UserError: naming the field, its value and what would be right.
+    """
+    _at_least(0, config, "config", "seed", "weight_decay", "warmup_steps")
+    _at_least(1, config, "config", "steps", "rows", "row_length", "log_every")
+    _positive(config, "config", "learning_rate", "grad_clip")
+    for field in ("b1", "b2"):
+        _require(0 <= config[field] < 1, f"config.{field}", config[field], "at least 0 and below 1")
+    right = f"above config.warmup_steps, {config.warmup_steps}"
+    _require(config.steps > config.warmup_steps, "config.steps", config.steps, right)
+    _choice(config, "config", "dtype", ("bfloat16", "float32"))
+    _choice(config, "config", "export_dtype", ("bfloat16", "float16", "float32"))

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 import step_grpo
 from step_grpo.cli import leaf_fields, load_config
-from step_grpo.config import base_config, validate
+from step_grpo.config import base_config, sft_config, validate, validate_sft
 from step_grpo.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -229,3 +229,29 @@ def test_generated_problems_need_a_count_and_no_name():
 
 def test_greedy_evaluation_is_allowed():
     validate(changed({"eval.temperature": 0.0}))
+
+
+WRONG_SFT = {
+    "steps": 100,  # no more than the warm-up
+    "rows": 0,
+    "row_length": 0,
+    "learning_rate": 0.0,
+    "warmup_steps": -1,
+    "b1": 1.0,
+    "grad_clip": -1.0,
+    "log_every": 0,
+    "dtype": "int8",
+    "export_dtype": "int8",
+}
+
+
+@pytest.mark.parametrize("field", WRONG_SFT)
+def test_wrong_value_of_a_fine_tuning_is_named(field):
+    config = sft_config().unlock()
+    config[field] = WRONG_SFT[field]
+    with pytest.raises(UserError, match=rf"config\.{field} is "):
+        validate_sft(config)
+
+
+def test_shipped_fine_tuning_is_valid():
+    validate_sft(load_config(str(ROOT / "configs" / "tiny_sft.py")))
