@@ -73,6 +73,9 @@ def base_config() -> ConfigDict:
         "exit": "confidence",  # or `none`: plain sampling
         "delta": 0.95,
         "strict": True,
+        # End a probe once it cannot exit any more. Decisions stay the same; the confidences of such probes
+        # are those of the answer so far, not above delta.
+        "early_abort": True,
         "triggers": ("Wait",),
         "inducing_prompt": "\n**Final Answer**\n\\boxed",
         "think_ratio": 0.9,

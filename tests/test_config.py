@@ -193,7 +193,13 @@ FREE = {
     *(f"{data}.{name}" for data in ("data", "eval.data") for name in ("subset", "split", "answer_pattern")),
     *(f"{data}.{name}" for data in ("data", "eval.data") for name in ("instruction", "count")),
     *(f"eval.data.{name}" for name in ("name", "bad_rows", "prompt_column", "answer_column")),
-    *("model.tokenizer", "model.architecture", "rollout.strict", "grpo.train_forced_tokens"),
+    *(
+        "model.tokenizer",
+        "model.architecture",
+        "rollout.strict",
+        "rollout.early_abort",
+        "grpo.train_forced_tokens",
+    ),
 }
 
 

@@ -37,7 +37,7 @@ class Completion:
     logprobs: np.ndarray  # [n] float32, tempered, of the token that was recorded
     forced: np.ndarray  # [n] bool
     reason: str  # why the thinking ended, one of REASONS
-    confidences: np.ndarray  # [probes] float32
+    confidences: np.ndarray  # [probes] float32; of a probe given up early, that of its answer so far
     probe_tokens: int  # steps spent in probes
 
 
@@ -263,6 +263,7 @@ def build_engine(
         max_repetitions=config.max_repetitions,
         delta=config.delta,
         strict=config.strict,
+        early_abort=config.early_abort,
         temperature=temperature,
         top_p=top_p,
         think_end=think_end_id(tokenizer),

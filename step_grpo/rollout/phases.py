@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from step_grpo.rollout.exits import probe_confidence
+from step_grpo.rollout.exits import probe_confidence, probe_is_hopeless
 from step_grpo.rollout.triggers import Vocabulary
 
 THINK, PROBE, ANSWER, DONE = range(4)
@@ -40,6 +40,7 @@ class Machine:
     max_repetitions: int
     delta: float
     strict: bool
+    early_abort: bool  # end a probe once it cannot exit any more; decides alike, in fewer steps
     temperature: float
     top_p: float
     think_end: int
@@ -181,10 +182,15 @@ def probe(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
     top1_logprobs = probed.top1_logprobs.at[lane.probe_length].set(seen.greedy_logprob)
     length = lane.probe_length + 1
     closed = seen.greedy == machine.think_end
+    confidence = probe_confidence(top1_logprobs, length, closed, strict=machine.strict)
     ended = closed | is_eos(machine, seen.greedy) | (length >= machine.max_probe_tokens)
+    if machine.early_abort:
+        hopeless = ~ended & probe_is_hopeless(top1_logprobs, length, delta=machine.delta)
+        # What the answer so far would score; never above delta. How it would have ended is not known.
+        so_far = probe_confidence(top1_logprobs, length, closed, strict=False)
+        confidence, ended = jnp.where(hopeless, so_far, confidence), ended | hopeless
     decoding = lane._replace(token_in=seen.greedy, probe_length=length)
 
-    confidence = probe_confidence(top1_logprobs, length, closed, strict=machine.strict)
     near_budget = lane.length >= machine.think_budget - machine.budget_margin
     reason = first_reason((confidence > machine.delta, EARLY_EXIT), (near_budget, BUDGET))
     counted = lane._replace(probes=lane.probes + 1)

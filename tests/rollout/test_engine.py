@@ -35,8 +35,8 @@ CFG = qwen.QwenConfig(
 )  # fmt: skip
 MACHINE = Machine(
     truncate=True, max_response=72, think_budget=60, budget_margin=8, max_probes=4, max_probe_tokens=5,
-    max_repetitions=2, delta=0.3, strict=False, temperature=1.0, top_p=1.0, think_end=2, eos=(0, 1),
-    inducing=(11, 12), closing=(11, 2, 11),
+    max_repetitions=2, delta=0.3, strict=False, early_abort=False, temperature=1.0, top_p=1.0, think_end=2,
+    eos=(0, 1), inducing=(11, 12), closing=(11, 2, 11),
 )  # fmt: skip
 TRIGGERS = ("Wait",)
 PROMPTS = [(7, 9, 11), (8,), (9, 9, 7, 13, 12), (10, 11)]
@@ -71,7 +71,7 @@ def run(params, machine, lanes=4, prompts=PROMPTS, samples=3):
 MACHINES = {
     "truncated": MACHINE,
     "strict": dataclasses.replace(MACHINE, strict=True, delta=0.05, max_probe_tokens=8),
-    "tempered": dataclasses.replace(MACHINE, temperature=0.7, top_p=0.9),
+    "tempered": dataclasses.replace(MACHINE, temperature=0.7, top_p=0.9, delta=0.6),
     "repetitive": dataclasses.replace(MACHINE, delta=1.0, max_repetitions=1, max_probes=2),
     "plain": dataclasses.replace(MACHINE, truncate=False),
     "greedy": dataclasses.replace(MACHINE, truncate=False, temperature=0.0),
@@ -129,6 +129,19 @@ def test_declined_probe_leaves_tokens_and_randomness_unchanged(params):
     assert all(a.tokens.tolist() == b.tokens.tolist() for a, b in zip(probed, plain, strict=True))
     for a, b in zip(probed, plain, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "saves"), [("truncated", False), ("tempered", True), ("repetitive", True)])
+def test_early_abort_of_probes_changes_nothing_but_their_cost(params, name, saves):
+    full = run_named(name)
+    early = run(params, dataclasses.replace(MACHINES[name], early_abort=True))
+    delta = MACHINES[name].delta
+    assert same(full, early)
+    for a, b in zip(full, early, strict=True):
+        assert a.forced.tolist() == b.forced.tolist()
+        assert (a.confidences > delta).tolist() == (b.confidences > delta).tolist()
+        assert b.probe_tokens <= a.probe_tokens
+    assert saves == (sum(c.probe_tokens for c in early) < sum(c.probe_tokens for c in full))
 
 
 def test_prompt_too_long_is_refused(params):
