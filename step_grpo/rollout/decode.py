@@ -10,7 +10,7 @@ from step_grpo.model.cache import Cache, copy_lanes, empty_cache
 from step_grpo.rollout import phases
 from step_grpo.rollout.phases import DONE, THINK, Lane, Machine, Observation, Probed
 from step_grpo.rollout.sampling import sample, sample_key
-from step_grpo.rollout.triggers import Vocabulary
+from step_grpo.rollout.triggers import Found, Recent, Vocabulary, nothing_recent
 
 
 class RolloutState(NamedTuple):
@@ -22,11 +22,23 @@ class RolloutState(NamedTuple):
     logprobs: jax.Array  # [B, R] of each recorded token, tempered
     forced: jax.Array  # [B, R] recorded by the machine, not sampled
     words: jax.Array  # [B, R, 2] see phases.read_text
+    recent: Recent  # [B, M]
     cache: Cache
 
 
-def empty_state(cfg: qwen.QwenConfig, machine: Machine, lanes: int, capacity: int, dtype) -> RolloutState:
-    """A state in which every lane is free; `capacity` tokens fit into each lane's cache."""
+def empty_state(
+    cfg: qwen.QwenConfig, machine: Machine, lanes: int, capacity: int, dtype, reach: int
+) -> RolloutState:
+    """A state in which every lane is free.
+
+    Args:
+        cfg: architecture.
+        machine: settings of the rollout.
+        lanes: their number.
+        capacity: tokens that fit into each lane's cache.
+        dtype: of the cache.
+        reach: `triggers.reach` of the vocabulary.
+    """
     B, R = lanes, machine.max_response
     lane = fresh_lanes(
         jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32), jnp.ones(B, jnp.int32), jnp.zeros(B, jnp.int32)
@@ -38,6 +50,7 @@ def empty_state(cfg: qwen.QwenConfig, machine: Machine, lanes: int, capacity: in
         logprobs=jnp.zeros((B, R)),
         forced=jnp.zeros((B, R), bool),
         words=jnp.zeros((B, R if machine.truncate else 0, 2), jnp.uint32),
+        recent=nothing_recent(B, reach),
         cache=empty_cache(cfg.layers, B, cfg.kv_heads, capacity, cfg.head_dim, dtype),
     )
 
@@ -64,7 +77,6 @@ def fresh_lanes(
         "chunk_hash": no_hash,
         "previous_hash": no_hash,
         "word_hash": no_hash,
-        "after_letter": zero.astype(bool),
     }
     return Lane(**scalars)
 
@@ -138,15 +150,16 @@ def decode_step(
     lane = state.lane
     logits_BV, cache = qwen.decode(params, cfg, lane.token_in, state.cache, lane.kv_length)
     keys = jax.vmap(sample_key, (None, 0, 0, 0))(run_key, lane.prompt_id, lane.sample_id, lane.length)
-    seen = observe(machine, vocab, lane, state.words, logits_BV, keys)
-    start = lane.length
+    seen, chunk_hash = observe(machine, vocab, state, logits_BV, keys)
     lane = lane._replace(kv_length=lane.kv_length + 1)
     lane, probed, emit = phases.step_lanes(machine, lane, state.probed, seen)
-    words = state.words
+    position = lane.length - 1  # of the recorded token, if any
+    words, recent = state.words, state.recent
     if machine.truncate:
-        lane, words = phases.read_text(lane, words, vocab, emit, start)
-    rows = jnp.arange(start.shape[0])
-    at = jnp.where(emit.valid, start, machine.max_response)  # out of range: dropped
+        here = Recent(position, emit.closing_logprob, chunk_hash)
+        lane, words, recent = phases.read_text(lane, words, recent, vocab, emit, here)
+    rows = jnp.arange(position.shape[0])
+    at = jnp.where(emit.valid, position, machine.max_response)  # out of range: dropped
     return RolloutState(
         lane=lane,
         probed=probed,
@@ -154,35 +167,39 @@ def decode_step(
         logprobs=state.logprobs.at[rows, at].set(emit.logprob, mode="drop"),
         forced=state.forced.at[rows, at].set(emit.forced, mode="drop"),
         words=words,
+        recent=recent,
         cache=cache,
     )
 
 
 def observe(
-    machine: Machine,
-    vocab: Vocabulary,
-    lane: Lane,
-    words_BR: jax.Array,
-    logits_BV: jax.Array,
-    keys_B: jax.Array,
-) -> Observation:
-    """Everything that the phases may look at, `[B]` each."""
-    token = sample(logits_BV, keys_B, temperature=machine.temperature, top_p=machine.top_p)
+    machine: Machine, vocab: Vocabulary, state: RolloutState, logits_BV: jax.Array, keys_B: jax.Array
+) -> tuple[Observation, jax.Array]:
+    """Everything that the phases may look at, `[B]` each; and the hash of the chunk if it ended here."""
+    lane = state.lane
+    token = sample(logits_BV, keys_B, temperature=machine.temperature, top_p=machine.top_p).astype(jnp.int32)
     normaliser = jax.nn.logsumexp(logits_BV, axis=-1)
     tempered_BV, tempered_normaliser = logits_BV, normaliser
     if machine.temperature not in (0, 1):
         tempered_BV = logits_BV / machine.temperature
         tempered_normaliser = jax.nn.logsumexp(tempered_BV, axis=-1)
     chosen = jnp.take_along_axis(tempered_BV, token[:, None], axis=1)[:, 0]
-    nothing = jnp.zeros_like(lane.chunk_hash)
-    return Observation(
-        token=token.astype(jnp.int32),
+    closing_logprobs = tempered_BV[:, jnp.array(machine.closing)] - tempered_normaliser[:, None]
+    here = Recent(lane.length, closing_logprobs[:, 0], jnp.zeros_like(lane.chunk_hash))
+    found = Found(jnp.zeros_like(token, bool), jnp.zeros_like(token, bool), here)
+    if machine.truncate:
+        here = here._replace(chunk_hash=phases.finished_chunk_hash(lane, state.words))
+        found = phases.watch_text(lane, state.recent, vocab, token, here)
+    seen = Observation(
+        token=token,
         logprob=chosen - tempered_normaliser,
         greedy=jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
         greedy_logprob=jnp.max(logits_BV, axis=-1) - normaliser,
-        closing_logprobs=tempered_BV[:, jnp.array(machine.closing)] - tempered_normaliser[:, None],
-        is_trigger=jnp.where(
-            lane.after_letter, vocab.trigger_after_letter[token], vocab.trigger_after_other[token]
-        ),
-        finished_chunk_hash=phases.finished_chunk_hash(lane, words_BR) if machine.truncate else nothing,
+        closing_logprobs=closing_logprobs,
+        is_trigger=found.confirmed,
+        pieces=lane.length - found.begin.position,
+        exit_logprob=found.begin.closing_logprob,
+        finished_chunk_hash=found.begin.chunk_hash,
+        recorded=jnp.take_along_axis(state.tokens, lane.length[:, None], axis=1)[:, 0],
     )
+    return seen, here.chunk_hash

@@ -20,7 +20,7 @@ from step_grpo.model import qwen
 from step_grpo.model.load import Description
 from step_grpo.rollout import decode
 from step_grpo.rollout.phases import DONE, REASONS, Machine
-from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, token_bytes
+from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, reach, token_bytes
 
 SEGMENT_STEPS = 64  # steps between two looks of the host at the lanes
 CLOSING = "\n</think>\n\n"  # appended where the machine ends the thinking
@@ -96,7 +96,8 @@ class RolloutEngine:
             )
             return jax.jit(sharded, donate_argnums=donate)
 
-        empty = partial(decode.empty_state, cfg, machine, lanes // mesh.size, self.capacity, dtype)
+        local_lanes, back = lanes // mesh.size, reach(vocab.triggers)
+        empty = partial(decode.empty_state, cfg, machine, local_lanes, self.capacity, dtype, back)
         self._empty = program(empty, (), local)
         self._refill = program(
             partial(decode.refill, cfg), (all_, local, all_, all_, local, local, local), local, donate=1

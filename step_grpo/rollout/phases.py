@@ -8,6 +8,12 @@ A probe feeds the inducing prompt and decodes greedily behind the text, without 
 ends, the lane's length in the cache is set back to where the probe began. What the probe wrote there lies
 beyond the length, is never read, and is written over. Randomness is folded from the position in the
 completion, which a probe does not advance, so a declined probe leaves no trace.
+
+Whether a trigger stands is known only when what follows it is: "Wait" may go on as "Waiting". So its tokens
+are recorded like any others, and the sampled token that confirms it starts the probe as if it had never been
+written: the lane goes back to the place of the trigger's first token, and the confirming token is held. Where
+the probe is declined, PUT_BACK feeds the recorded tokens again, for the cache, and then records the held one.
+Where it is not, the answer is written over them.
 """
 
 from dataclasses import dataclass
@@ -18,9 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from step_grpo.rollout.exits import probe_confidence, probe_is_hopeless
-from step_grpo.rollout.triggers import Vocabulary
+from step_grpo.rollout.triggers import Found, Recent, Vocabulary, find_trigger, remember
 
-THINK, PROBE, ANSWER, DONE = range(4)
+THINK, PROBE, ANSWER, DONE, PUT_BACK = range(5)
 
 # Why a completion left THINK. `length`: plain sampling met the response budget while still thinking.
 REASONS = ("unfinished", "natural", "early_exit", "budget", "rep", "eos", "length")
@@ -63,17 +69,18 @@ class Lane(NamedTuple):
     probes: jax.Array  # finished probes
     probe_length: jax.Array
     probe_tokens: jax.Array  # steps spent in probes
-    held: jax.Array  # the trigger that a probe holds back
+    held: jax.Array  # the token that confirmed the trigger which a probe holds back
     held_logprob: jax.Array
-    exit_logprob: jax.Array  # of the first closing token where the trigger stood
+    pieces: jax.Array  # tokens recorded from the trigger's first on, which stand before the held one
+    exit_logprob: jax.Array  # of the first closing token where the trigger began
     resume: jax.Array  # kv_length to return to after the probe
     repetitions: jax.Array
     chunks: jax.Array  # triggers seen
+    text_state: jax.Array  # of the automaton that finds triggers, after the recorded text
     chunk_start: jax.Array  # position in the completion
     chunk_hash: jax.Array  # sum over the distinct words of the chunk so far
     previous_hash: jax.Array  # of the chunk before
     word_hash: jax.Array  # of the word that is being written
-    after_letter: jax.Array  # the text ends in an ASCII letter
 
 
 class Observation(NamedTuple):
@@ -84,8 +91,11 @@ class Observation(NamedTuple):
     greedy: jax.Array  # most probable token
     greedy_logprob: jax.Array  # its log-prob, untempered
     closing_logprobs: jax.Array  # `[C]` of the closing tokens, tempered
-    is_trigger: jax.Array  # `token` would open a new step
-    finished_chunk_hash: jax.Array  # the chunk's word set if it ended here
+    is_trigger: jax.Array  # `token` shows that a trigger stands, in the text before it or in its own
+    pieces: jax.Array  # tokens recorded since that trigger began
+    exit_logprob: jax.Array  # of the first closing token where it began, tempered
+    finished_chunk_hash: jax.Array  # the chunk's word set if it ended there
+    recorded: jax.Array  # the token that stands in the place of `token` already, in PUT_BACK
 
 
 class Emit(NamedTuple):
@@ -95,7 +105,7 @@ class Emit(NamedTuple):
     token: jax.Array
     logprob: jax.Array
     forced: jax.Array  # put in by the machine
-    trigger: jax.Array  # opens a new chunk
+    closing_logprob: jax.Array  # of the first closing token in its place, tempered
 
 
 class Probed(NamedTuple):
@@ -112,7 +122,7 @@ def step_lanes(machine: Machine, lane: Lane, probed: Probed, seen: Observation) 
 
 def step_lane(machine: Machine, lane: Lane, probed: Probed, seen: Observation) -> tuple[Lane, Probed, Emit]:
     """One transition of one lane, `lane.kv_length` already counting the token just fed."""
-    phases = (think_and_watch if machine.truncate else think, probe, answer, done)
+    phases = (think_and_watch if machine.truncate else think, probe, answer, done, put_back)
     branches = [partial(phase, machine) for phase in phases]
     return jax.lax.switch(lane.phase, branches, lane, probed, seen)
 
@@ -143,36 +153,43 @@ def think_and_watch(machine: Machine, lane: Lane, probed: Probed, seen: Observat
         previous_hash=seen.finished_chunk_hash,
     )
     lane = select(seen.is_trigger, at_trigger, lane)
+    before = lane._replace(length=lane.length - seen.pieces, kv_length=lane.kv_length - seen.pieces)
     exit_here, exit_emit = begin_answer(
-        machine, lane, jnp.int32(REPETITION), seen.closing_logprobs[0], lane.kv_length
+        machine, before, jnp.int32(REPETITION), seen.exit_logprob, before.kv_length
     )
-    probe_here = lane._replace(
+    probe_here = before._replace(
         phase=jnp.int32(PROBE),
         token_in=jnp.int32(machine.inducing[0]),
         queued=jnp.int32(1),
         probe_length=jnp.int32(0),
         held=seen.token,
         held_logprob=seen.logprob,
-        exit_logprob=seen.closing_logprobs[0],
-        resume=lane.kv_length,
+        pieces=seen.pieces,
+        exit_logprob=seen.exit_logprob,
+        resume=before.kv_length,
     )
-    spent = lane.length + 1 >= machine.think_budget
-    natural = seen.token == machine.think_end
-    reason = first_reason((is_eos(machine, seen.token), EOS), (natural, NATURAL), (spent, BUDGET))
-    go_on = leave_thinking(machine, lane, reason, queued=jnp.where(natural, len(machine.closing), 0))
-    go_on = go_on._replace(
-        phase=jnp.where(reason == EOS, DONE, go_on.phase), token_in=seen.token, length=lane.length + 1
-    )
-    emit = sampled_emit(seen)._replace(valid=~probing, trigger=seen.is_trigger)
+    go_on, emit = record_thought(machine, lane, sampled_emit(seen))
     return (
         select(repeating, exit_here, select(probing, probe_here, go_on)),
         probed,
-        select(repeating, exit_emit, emit),
+        select(repeating, exit_emit, emit._replace(valid=~probing)),
     )
 
 
+def record_thought(machine: Machine, lane: Lane, emit: Emit) -> tuple[Lane, Emit]:
+    """Records a token of the thinking, and leaves THINK if it is the last one."""
+    spent = lane.length + 1 >= machine.think_budget
+    natural = emit.token == machine.think_end
+    reason = first_reason((is_eos(machine, emit.token), EOS), (natural, NATURAL), (spent, BUDGET))
+    lane = leave_thinking(machine, lane, reason, queued=jnp.where(natural, len(machine.closing), 0))
+    lane = lane._replace(
+        phase=jnp.where(reason == EOS, DONE, lane.phase), token_in=emit.token, length=lane.length + 1
+    )
+    return lane, emit
+
+
 def probe(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
-    """PROBE: feed the inducing prompt, then the greedy answer; at its end exit, or put the trigger back."""
+    """PROBE: feed the inducing prompt, then the greedy answer; at its end exit, or begin to put the trigger back."""
     lane = lane._replace(probe_tokens=lane.probe_tokens + 1)
     inducing = lane.queued < len(machine.inducing)
     induce = lane._replace(
@@ -195,16 +212,14 @@ def probe(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
     reason = first_reason((confidence > machine.delta, EARLY_EXIT), (near_budget, BUDGET))
     counted = lane._replace(probes=lane.probes + 1)
     exited, exit_emit = begin_answer(machine, counted, reason, lane.exit_logprob, lane.resume)
-    declined = counted._replace(
-        phase=jnp.int32(THINK), token_in=lane.held, kv_length=lane.resume, length=lane.length + 1
+    declined, put_back_emit = put_back_next(
+        machine, counted._replace(kv_length=lane.resume), seen.recorded, lane.exit_logprob
     )
-    false, true = jnp.bool_(False), jnp.bool_(True)
-    put_back = Emit(true, lane.held, lane.held_logprob, false, true)
-    nothing = put_back._replace(valid=false)
+    nothing = put_back_emit._replace(valid=jnp.bool_(False))
 
     exits = reason != UNFINISHED
     after = select(inducing, induce, select(~ended, decoding, select(exits, exited, declined)))
-    emit = select(inducing | ~ended, nothing, select(exits, exit_emit, put_back))
+    emit = select(inducing | ~ended, nothing, select(exits, exit_emit, put_back_emit))
     finished = ~inducing & ended
     probed = Probed(
         top1_logprobs=jnp.where(inducing, probed.top1_logprobs, top1_logprobs),
@@ -213,6 +228,26 @@ def probe(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
         ),
     )
     return after, probed, emit
+
+
+def put_back(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
+    """PUT_BACK: after a declined probe, feed the trigger's recorded tokens again; then record the held one."""
+    lane = lane._replace(probe_tokens=lane.probe_tokens + 1)
+    lane, emit = put_back_next(machine, lane, seen.recorded, seen.closing_logprobs[0])
+    return lane, probed, emit
+
+
+def put_back_next(
+    machine: Machine, lane: Lane, recorded: jax.Array, closing_logprob: jax.Array
+) -> tuple[Lane, Emit]:
+    """The next token that a probe held back: one that is recorded already, or at last the held one."""
+    again = lane._replace(
+        phase=jnp.int32(PUT_BACK), token_in=recorded, length=lane.length + 1, pieces=lane.pieces - 1
+    )
+    held = Emit(jnp.bool_(True), lane.held, lane.held_logprob, jnp.bool_(False), closing_logprob)
+    last, emit = record_thought(machine, lane, held)
+    more = lane.pieces > 0
+    return select(more, again, last), emit._replace(valid=~more)
 
 
 def answer(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
@@ -228,7 +263,7 @@ def answer(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
         length=lane.length + 1,
     )
     logprob = jnp.where(closing, seen.closing_logprobs[at], seen.logprob)
-    return lane, probed, Emit(jnp.bool_(True), token, logprob, closing, jnp.bool_(False))
+    return lane, probed, Emit(jnp.bool_(True), token, logprob, closing, seen.closing_logprobs[0])
 
 
 def done(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
@@ -241,7 +276,7 @@ def done(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
 def begin_answer(
     machine: Machine, lane: Lane, reason: jax.Array, logprob: jax.Array, kv_length: jax.Array
 ) -> tuple[Lane, Emit]:
-    """Into ANSWER in place of a held trigger: the first closing token is recorded at once."""
+    """Into ANSWER in place of a trigger: the first closing token is recorded at once."""
     token = jnp.int32(machine.closing[0])
     lane = lane._replace(
         phase=jnp.int32(ANSWER),
@@ -251,7 +286,7 @@ def begin_answer(
         length=lane.length + 1,
         queued=jnp.int32(1),
     )
-    return lane, Emit(jnp.bool_(True), token, logprob, jnp.bool_(True), jnp.bool_(False))
+    return lane, Emit(jnp.bool_(True), token, logprob, jnp.bool_(True), logprob)
 
 
 def leave_thinking(machine: Machine, lane: Lane, reason: jax.Array, queued) -> Lane:
@@ -275,7 +310,7 @@ def is_eos(machine: Machine, token: jax.Array) -> jax.Array:
 
 def sampled_emit(seen: Observation) -> Emit:
     """Records the sampled token."""
-    return Emit(jnp.bool_(True), seen.token, seen.logprob, jnp.bool_(False), jnp.bool_(False))
+    return Emit(jnp.bool_(True), seen.token, seen.logprob, jnp.bool_(False), seen.closing_logprobs[0])
 
 
 def select(condition: jax.Array, chosen, other):
@@ -283,25 +318,47 @@ def select(condition: jax.Array, chosen, other):
     return jax.tree.map(partial(jnp.where, condition), chosen, other)
 
 
-def read_text(lane: Lane, words_BR: jax.Array, vocab: Vocabulary, emit: Emit, start: jax.Array):
-    """Updates what a lane knows of its own text by one recorded token: words, chunk, last letter.
+def watch_text(
+    lane: Lane, recent: Recent, vocab: Vocabulary, token_B: jax.Array, here: Recent
+) -> Found:
+    """The trigger that a token would confirm behind each lane's text; `here` is what the token meets, `[B]`.
+
+    A chunk that is over before it began, because the trigger begins in the last token of the one before, is
+    empty like one of no token.
+    """
+    found = find_trigger(vocab.triggers, recent, lane.text_state, token_B, here)
+    begin = found.begin
+    chunk_hash = jnp.where(begin.position > lane.chunk_start, begin.chunk_hash, mix(jnp.uint32(0)))
+    return found._replace(begin=begin._replace(chunk_hash=chunk_hash))
+
+
+def read_text(
+    lane: Lane, words_BR: jax.Array, recent: Recent, vocab: Vocabulary, emit: Emit, here: Recent
+) -> tuple[Lane, jax.Array, Recent]:
+    """Updates what a lane knows of its own text by one recorded token: words, chunk, triggers.
 
     Two chunks hold the same set of space-separated words exactly when the sums over their distinct words'
     mixed hashes agree (up to a chance of about 2**-32). A word counts when it is first met in its chunk,
-    which is looked up among the words that ended at each position of it.
+    which is looked up among the words that ended at each position of it. A chunk begins behind the last
+    token of a trigger, and ends before the first one of the next.
 
     Args:
         lane: after the transition, leaves `[B]`.
         words_BR: `[B, R, 2]` hashes of the words that ended at each position (0: none).
+        recent: of the text before the token.
         vocab: token tables.
         emit: what was recorded, leaves `[B]`.
-        start: `[B]` position of the recorded token.
+        here: what the token met, `[B]`; its position is that of the recorded token.
 
     Returns:
-        The lane and the words after the token.
+        The lane, the words and the memory after the token.
     """
-    token = emit.token
-    spaced = emit.valid & ~emit.trigger & vocab.has_space[token]
+    token, start = emit.token, here.position
+    found = find_trigger(vocab.triggers, recent, lane.text_state, token, here)
+    opens = emit.valid & found.confirmed
+    lane = open_chunk(lane, opens & found.ends_before, start)
+    opens_after = opens & ~found.ends_before
+    spaced = emit.valid & ~opens_after & vocab.has_space[token]
     joined = lane.word_hash * vocab.prefix_power[token] + vocab.prefix_hash[token]
     prefix = mix(joined)
     inside = mix(vocab.inside_hash[token])
@@ -313,17 +370,23 @@ def read_text(lane: Lane, words_BR: jax.Array, vocab: Vocabulary, emit: Emit, st
     rows = jnp.arange(words_BR.shape[0])
     at = jnp.where(emit.valid, start, words_BR.shape[1])
     words_BR = words_BR.at[rows, at].set(ended, mode="drop")
-    opens = emit.valid & emit.trigger
     word = jnp.where(vocab.has_space[token], vocab.suffix_hash[token], joined)
+    after = vocab.triggers.next_state[lane.text_state, vocab.triggers.token_class[token]]
     lane = lane._replace(
-        chunk_start=jnp.where(opens, start + 1, lane.chunk_start),
-        chunk_hash=jnp.where(opens, jnp.uint32(0), total),
-        word_hash=jnp.where(opens, jnp.uint32(0), jnp.where(emit.valid, word, lane.word_hash)),
-        after_letter=jnp.where(
-            emit.valid & ~vocab.empty[token], vocab.ends_in_letter[token], lane.after_letter
-        ),
+        chunk_hash=total,
+        word_hash=jnp.where(emit.valid, word, lane.word_hash),
+        text_state=jnp.where(emit.valid, after, lane.text_state),
     )
-    return lane, words_BR
+    recent = remember(recent, jnp.where(emit.valid, vocab.size[token], 0), here)
+    return open_chunk(lane, opens_after, start + 1), words_BR, recent
+
+
+def open_chunk(lane: Lane, opens_B: jax.Array, start_B: jax.Array) -> Lane:
+    """Begins a new chunk at position `start_B` of the lanes where `opens_B`."""
+    fresh = lane._replace(
+        chunk_start=start_B, chunk_hash=jnp.zeros_like(lane.chunk_hash), word_hash=jnp.zeros_like(lane.word_hash)
+    )
+    return select(opens_B, fresh, lane)
 
 
 def finished_chunk_hash(lane: Lane, words_BR: jax.Array) -> jax.Array:

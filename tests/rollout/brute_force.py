@@ -15,11 +15,17 @@ from step_grpo.reward.steps import trigger_pattern
 from step_grpo.rollout.sampling import sample, sample_key
 
 
+def as_bytes(text):
+    """A string with one character for each byte of the text."""
+    return text.encode().decode("latin-1")
+
+
 class BruteForce:
     """One model and one set of settings; call it once a completion."""
 
     def __init__(self, params, cfg, machine, texts, triggers, longest):
-        self.machine, self.texts, self.pattern = machine, texts, trigger_pattern(triggers)
+        self.machine, self.texts = machine, texts
+        self.pattern = trigger_pattern(tuple(map(as_bytes, triggers)))
         self.longest = longest
 
         @jax.jit
@@ -44,17 +50,26 @@ class BruteForce:
     def text(self, tokens):
         return b"".join(self.texts[t] for t in tokens).decode("utf-8", "replace")
 
-    def opens_step(self, before, token):
-        """Whether a standalone trigger lies in the token, seen behind the text before it."""
-        last = self.text(before)[-1:]
-        return any(m.end() > len(last) for m in self.pattern.finditer(last + self.text([token])))
+    def confirmed(self, tokens, sampled):
+        """The triggers that the sampled token shows to stand: spans in bytes of the text, it included.
+
+        A trigger stands once the byte behind it is there and is no letter.
+        """
+        before, text = (b"".join(self.texts[t] for t in ids) for ids in (tokens, [*tokens, sampled]))
+        spans = [m.span() for m in self.pattern.finditer(text.decode("latin-1"))]
+        return [(begin, end) for begin, end in spans if len(before) <= end < len(text)]
+
+    def token_of(self, tokens, byte):
+        """The index of the token that holds a byte of the text."""
+        ends = np.cumsum([len(self.texts[t]) for t in tokens])
+        return int(np.searchsorted(ends, byte, side="right"))
 
     def __call__(self, prompt, run_key, prompt_id, sample_id):
         m = self.machine
         out, logprobs, forced = [], [], []
         confidences, reason, phase = [], "unfinished", "THINK"
         probes = repetitions = 0
-        chunk_start, previous_words = 0, None
+        chunk_start, previous_words, known = 0, None, set()
 
         def record(token, logits, by_machine):
             scaled = np.asarray(logits, np.float64)[0] / (m.temperature or 1)
@@ -75,27 +90,33 @@ class BruteForce:
                 record(token, logits, False)
                 phase = "DONE" if token in m.eos else phase
                 continue
-            if m.truncate and self.opens_step(out, token):
-                words = set(self.text(out[chunk_start:]).split(" "))
+            spans = self.confirmed(out, token) if m.truncate else []
+            spans = [(begin, end) for begin, end in spans if begin not in known]
+            known |= {begin for begin, _ in spans}  # at most one probe for all of them
+            if spans:
+                begin, end = spans[0]
+                cut = self.token_of([*out, token], begin)
+                words = set(self.text(out[chunk_start:cut]).split(" "))
                 repetitions += words == previous_words
                 previous_words = words
+                confidence = 0.0
                 if repetitions >= m.max_repetitions:
-                    reason, phase = "rep", "ANSWER"
+                    reason = "rep"
+                elif probes < m.max_probes:
+                    probes += 1
+                    confidence = self.confidence([*prompt, *out[:cut]])
+                    confidences.append(confidence)
+                    if cut >= m.think_budget - m.budget_margin:
+                        reason = "budget"
+                    if confidence > m.delta:
+                        reason = "early_exit"
+                if reason != "unfinished":
+                    for recorded in (out, logprobs, forced):
+                        del recorded[cut:]
+                    phase = "ANSWER"
                     close()
                     continue
-                if probes < m.max_probes:
-                    probes += 1
-                    confidence = self.confidence([*prompt, *out])
-                    confidences.append(confidence)
-                    if confidence > m.delta or len(out) >= m.think_budget - m.budget_margin:
-                        reason = "early_exit" if confidence > m.delta else "budget"
-                        phase = "ANSWER"
-                        close()
-                        continue
-                    record(token, logits, False)
-                    chunk_start = len(out)
-                    continue
-                chunk_start = len(out) + 1
+                chunk_start = self.token_of([*out, token], end - 1) + 1
             record(token, logits, False)
             if token in m.eos:
                 reason, phase = "eos", "DONE"

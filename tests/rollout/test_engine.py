@@ -29,6 +29,23 @@ TEXTS = [
     b"{",
     b"}",
 ]
+# Triggers in pieces, with texts around them and empty tokens in between; two in one token's reach.
+SPLIT_TEXTS = [
+    b"<eos>",
+    b"<end>",
+    b"</think>",
+    b"W",
+    b" Wa",
+    b"ait",
+    b"it",
+    b" Wait.",
+    b"Hold",
+    b" on",
+    b"",
+    b"\n",
+    b"Wait",
+    b" a",
+]
 CFG = qwen.QwenConfig(
     vocab_size=len(TEXTS), width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e4,
     rms_eps=1e-6, tied=False, qk_norm=True, qkv_bias=False, init_std=0.35,
@@ -38,7 +55,8 @@ MACHINE = Machine(
     max_repetitions=2, delta=0.3, strict=False, early_abort=False, temperature=1.0, top_p=1.0, think_end=2,
     eos=(0, 1), inducing=(11, 12), closing=(11, 2, 11),
 )  # fmt: skip
-TRIGGERS = ("Wait",)
+TEXTS_OF = {False: TEXTS, True: SPLIT_TEXTS}
+TRIGGERS = ("Wait", "Hold on")
 PROMPTS = [(7, 9, 11), (8,), (9, 9, 7, 13, 12), (10, 11)]
 KEY = jax.random.key(3)
 
@@ -57,13 +75,13 @@ def params():
 
 
 @functools.cache
-def run_named(name):
-    return run(make_params(), MACHINES[name])
+def run_named(name, split=False):
+    return run(make_params(), MACHINES[name], split=split)
 
 
-def run(params, machine, lanes=4, prompts=PROMPTS, samples=3):
+def run(params, machine, lanes=4, prompts=PROMPTS, samples=3, split=False):
     mesh = make_mesh(lanes)
-    vocab = build_vocabulary(TEXTS, TRIGGERS)
+    vocab = build_vocabulary(TEXTS_OF[split], TRIGGERS)
     engine = RolloutEngine(CFG, machine, vocab, lanes=lanes, max_prompt=8, dtype=jnp.float32, mesh=mesh)
     return engine(qwen.decode_params(params, jnp.float32), prompts, samples, KEY)[0]
 
@@ -78,11 +96,13 @@ MACHINES = {
 }
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 @pytest.mark.parametrize("name", MACHINES)
-def test_engine_equals_brute_force_loop(params, name):
-    machine = MACHINES[name]
-    reference = BruteForce(params, CFG, machine, TEXTS, TRIGGERS, longest=96)
-    for c in run_named(name):
+def test_engine_equals_brute_force_loop(params, name, split):
+    if split and not MACHINES[name].truncate:
+        pytest.skip("plain sampling reads no text")
+    reference = BruteForce(params, CFG, MACHINES[name], TEXTS_OF[split], TRIGGERS, longest=96)
+    for c in run_named(name, split):
         prompt = PROMPTS[c.prompt]
         tokens, logprobs, forced, reason, confidences = reference(prompt, KEY, identity(prompt), c.sample)
         assert c.tokens.tolist() == tokens
@@ -92,9 +112,10 @@ def test_engine_equals_brute_force_loop(params, name):
         np.testing.assert_allclose(c.confidences, confidences, atol=1e-4)
 
 
-def test_brute_force_cases_reach_every_reason():
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_brute_force_cases_reach_every_reason(split):
     """Else the comparison above would compare less than it says."""
-    seen = {c.reason for name in MACHINES for c in run_named(name)}
+    seen = {c.reason for name in MACHINES for c in run_named(name, split)}
     assert seen == {"natural", "early_exit", "budget", "rep", "eos", "length"}
 
 
