@@ -77,7 +77,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
         config.rollout,
         mesh,
         config.model.dtype,
-        truncate=config.rollout.exit == "confidence",
+        truncate=config.rollout.exit != "none",
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
         max_response=config.rollout.max_response_tokens,

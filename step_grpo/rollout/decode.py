@@ -9,8 +9,11 @@ from step_grpo.model import qwen
 from step_grpo.model.cache import Cache, copy_lanes, empty_cache
 from step_grpo.rollout import phases
 from step_grpo.rollout.phases import DONE, THINK, Lane, Machine, Observation, Probed
+from step_grpo.rollout.policies import Judge, Look
 from step_grpo.rollout.sampling import sample, sample_key
 from step_grpo.rollout.triggers import Found, Recent, Vocabulary, nothing_recent
+
+NO_PROBE = -(2**30)  # a place so far back that no gap from it is too small
 
 
 class RolloutState(NamedTuple):
@@ -24,6 +27,7 @@ class RolloutState(NamedTuple):
     words: jax.Array  # [B, R, 2] see phases.read_text
     recent: Recent  # [B, M]
     cache: Cache
+    judge_cache: Cache  # of the second model; empty where there is none
 
 
 def empty_state(
@@ -45,14 +49,23 @@ def empty_state(
     )
     return RolloutState(
         lane=lane._replace(phase=jnp.full(B, DONE, jnp.int32)),
-        probed=Probed(jnp.zeros((B, machine.max_probe_tokens)), jnp.zeros((B, machine.max_probes))),
+        probed=Probed(jnp.zeros((B, machine.max_notes)), jnp.zeros((B, machine.max_probes))),
         tokens=jnp.zeros((B, R), jnp.int32),
         logprobs=jnp.zeros((B, R)),
         forced=jnp.zeros((B, R), bool),
         words=jnp.zeros((B, R if machine.truncate else 0, 2), jnp.uint32),
         recent=nothing_recent(B, reach),
         cache=empty_cache(cfg.layers, B, cfg.kv_heads, capacity, cfg.head_dim, dtype),
+        judge_cache=empty_judge_cache(machine.judge, B, capacity, dtype),
     )
+
+
+def empty_judge_cache(judge: Judge | None, lanes: int, capacity: int, dtype) -> Cache:
+    """The second model's cache, as long as the lanes' own; none without a second model."""
+    if not judge:
+        return ()
+    cfg = judge.config
+    return empty_cache(cfg.layers, lanes, cfg.kv_heads, capacity, cfg.head_dim, dtype)
 
 
 def fresh_lanes(
@@ -77,6 +90,7 @@ def fresh_lanes(
         "chunk_hash": no_hash,
         "previous_hash": no_hash,
         "word_hash": no_hash,
+        "last_probe": zero + NO_PROBE,
     }
     return Lane(**scalars)
 
@@ -90,6 +104,9 @@ def refill(
     row: jax.Array,
     prompt_id: jax.Array,
     sample_id: jax.Array,
+    judge_params: qwen.Params | None = None,
+    *,
+    judge: Judge | None = None,
 ) -> RolloutState:
     """Prefills each prompt once and starts a completion of it in every lane that asks for it.
 
@@ -102,12 +119,21 @@ def refill(
         row: `[B]` prompt that a lane takes, -1 for a lane that goes on undisturbed.
         prompt_id: `[B]` identity of that prompt, for randomness.
         sample_id: `[B]` number of the completion within its group.
+        judge_params: weights of the second model.
+        judge: the second model, which reads the prompts behind a prefix of its own.
     """
     cache = copy_lanes(state.cache, qwen.prefill(params, cfg, prompts, lengths), row)
+    judge_cache = state.judge_cache
+    if judge and judge_params is not None:
+        prefix = jnp.broadcast_to(jnp.array(judge.prefix, jnp.int32), (len(prompts), len(judge.prefix)))
+        prefixed = jnp.concatenate([prefix, prompts], axis=1)
+        read = qwen.prefill(judge_params, judge.config, prefixed, lengths + len(judge.prefix))
+        judge_cache = copy_lanes(judge_cache, read, row)
     at = jnp.maximum(row, 0)
     last_token = prompts[at, lengths[at] - 1]
     fresh = fresh_lanes(prompt_id, sample_id, lengths[at], last_token)
-    return state._replace(lane=phases.select(row >= 0, fresh, state.lane), cache=cache)
+    lane = phases.select(row >= 0, fresh, state.lane)
+    return state._replace(lane=lane, cache=cache, judge_cache=judge_cache)
 
 
 def decode_segment(
@@ -119,6 +145,7 @@ def decode_segment(
     state: RolloutState,
     max_steps: jax.Array,
     stop_live: jax.Array,
+    judge_params: qwen.Params | None = None,
 ) -> tuple[RolloutState, jax.Array]:
     """Advances all lanes by up to `max_steps` tokens, until at most `stop_live` lanes are not DONE.
 
@@ -132,7 +159,7 @@ def decode_segment(
 
     def advance(carry):
         step, state = carry
-        return step + 1, decode_step(cfg, machine, params, vocab, run_key, state)
+        return step + 1, decode_step(cfg, machine, params, vocab, run_key, state, judge_params)
 
     steps, state = jax.lax.while_loop(go_on, advance, (jnp.int32(0), state))
     return state, steps[None]
@@ -145,12 +172,17 @@ def decode_step(
     vocab: Vocabulary,
     run_key: jax.Array,
     state: RolloutState,
+    judge_params: qwen.Params | None = None,
 ) -> RolloutState:
     """One token for every lane."""
     lane = state.lane
     logits_BV, cache = qwen.decode(params, cfg, lane.token_in, state.cache, lane.kv_length)
+    asked_BV, judge_cache = logits_BV, state.judge_cache
+    if machine.judge and judge_params is not None:
+        token, length = phases.judge_input(machine, lane)
+        asked_BV, judge_cache = qwen.decode(judge_params, machine.judge.config, token, judge_cache, length)
     keys = jax.vmap(sample_key, (None, 0, 0, 0))(run_key, lane.prompt_id, lane.sample_id, lane.length)
-    seen, chunk_hash = observe(machine, vocab, state, logits_BV, keys)
+    seen, chunk_hash = observe(machine, vocab, state, logits_BV, asked_BV, keys)
     lane = lane._replace(kv_length=lane.kv_length + 1)
     lane, probed, emit = phases.step_lanes(machine, lane, state.probed, seen)
     position = lane.length - 1  # of the recorded token, if any
@@ -158,6 +190,8 @@ def decode_step(
     if machine.truncate:
         here = Recent(position, emit.closing_logprob, chunk_hash)
         lane, words, recent = phases.read_text(lane, words, recent, vocab, emit, here)
+    if machine.judge:
+        lane = phases.read_delimiters(lane, vocab, emit)
     rows = jnp.arange(position.shape[0])
     at = jnp.where(emit.valid, position, machine.max_response)  # out of range: dropped
     return RolloutState(
@@ -169,13 +203,28 @@ def decode_step(
         words=words,
         recent=recent,
         cache=cache,
+        judge_cache=judge_cache,
     )
 
 
 def observe(
-    machine: Machine, vocab: Vocabulary, state: RolloutState, logits_BV: jax.Array, keys_B: jax.Array
+    machine: Machine,
+    vocab: Vocabulary,
+    state: RolloutState,
+    logits_BV: jax.Array,
+    asked_BV: jax.Array,
+    keys_B: jax.Array,
 ) -> tuple[Observation, jax.Array]:
-    """Everything that the phases may look at, `[B]` each; and the hash of the chunk if it ended here."""
+    """Everything that the phases may look at, `[B]` each; and the hash of the chunk if it ended here.
+
+    Args:
+        machine: settings.
+        vocab: token tables.
+        state: before the step.
+        logits_BV: of the model, behind the token just fed.
+        asked_BV: of the model that checks ask, the same or the judge.
+        keys_B: of the token to sample.
+    """
     lane = state.lane
     token = sample(logits_BV, keys_B, temperature=machine.temperature, top_p=machine.top_p).astype(jnp.int32)
     normaliser = jax.nn.logsumexp(logits_BV, axis=-1)
@@ -190,12 +239,19 @@ def observe(
     if machine.truncate:
         here = here._replace(chunk_hash=phases.finished_chunk_hash(lane, state.words))
         found = phases.watch_text(lane, state.recent, vocab, token, here)
+    nothing = jnp.zeros_like(token)
+    look, is_delimiter = Look(nothing, nothing.astype(jnp.float32)), nothing > 0
+    if machine.policy:
+        look = machine.policy.look(asked_BV)
+    if machine.judge:
+        delimiters = vocab.delimiters
+        is_delimiter = delimiters.confirms[lane.delimiter_state, delimiters.token_class[token]]
     seen = Observation(
         token=token,
         logprob=chosen - tempered_normaliser,
-        greedy=jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
-        greedy_logprob=jnp.max(logits_BV, axis=-1) - normaliser,
+        look=look,
         closing_logprobs=closing_logprobs,
+        is_delimiter=is_delimiter,
         is_trigger=found.confirmed,
         pieces=lane.length - found.begin.position,
         exit_logprob=found.begin.closing_logprob,

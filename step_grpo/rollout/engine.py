@@ -20,6 +20,7 @@ from step_grpo.model import qwen
 from step_grpo.model.load import Description
 from step_grpo.rollout import decode
 from step_grpo.rollout.phases import DONE, REASONS, Machine
+from step_grpo.rollout.policies import Built, build_policy, encode
 from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, reach, token_bytes
 
 SEGMENT_STEPS = 64  # steps between two looks of the host at the lanes
@@ -37,7 +38,7 @@ class Completion:
     logprobs: np.ndarray  # [n] float32, tempered, of the token that was recorded
     forced: np.ndarray  # [n] bool
     reason: str  # why the thinking ended, one of REASONS
-    confidences: np.ndarray  # [probes] float32; of a probe given up early, that of its answer so far
+    confidences: np.ndarray  # [probes] float32 scores of the checks, as the exit policy defines them
     probe_tokens: int  # steps spent in probes
 
 
@@ -69,6 +70,7 @@ class RolloutEngine:
         max_prompt: int,
         dtype: Any,
         mesh: Mesh,
+        judge_params: qwen.Params | None = None,
     ):
         """Prepares the programs; they compile when first used.
 
@@ -80,7 +82,9 @@ class RolloutEngine:
             max_prompt: tokens of the longest prompt.
             dtype: of the cache.
             mesh: with one axis, `data`.
+            judge_params: of the second model that the machine's exit policy asks, on every device.
         """
+        self._judge_params = judge_params
         self.machine, self.vocab, self.lanes, self.max_prompt, self.mesh = (
             machine,
             vocab,
@@ -100,20 +104,23 @@ class RolloutEngine:
         empty = partial(decode.empty_state, cfg, machine, local_lanes, self.capacity, dtype, back)
         self._empty = program(empty, (), local)
         self._refill = program(
-            partial(decode.refill, cfg), (all_, local, all_, all_, local, local, local), local, donate=1
+            partial(decode.refill, cfg, judge=machine.judge),
+            (all_, local, all_, all_, local, local, local, all_),
+            local,
+            donate=1,
         )
         self._segment = program(
             partial(decode.decode_segment, cfg, machine),
-            (all_, all_, all_, local, all_, all_),
+            (all_, all_, all_, local, all_, all_, all_),
             (local, local),
             donate=3,
         )
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit into a lane's cache: prompt, response, and a probe behind it."""
-        probe = len(self.machine.inducing) + self.machine.max_probe_tokens if self.machine.truncate else 0
-        return _round_up(self.max_prompt + self.machine.max_response + probe, 64)
+        """Tokens that fit into a lane's cache: prompt, response, and a check behind them."""
+        prompt = _round_up(self.max_prompt, 32)  # as `_fill` pads it
+        return _round_up(prompt + self.machine.max_response + self.machine.check_room, 64)
 
     def __call__(
         self,
@@ -159,6 +166,7 @@ class RolloutEngine:
                 state,
                 jnp.int32(SEGMENT_STEPS),
                 jnp.int32(stop_live // self.mesh.size),
+                self._judge_params,
             )
             steps += int(np.sum(taken))
             finished += harvest(state, owner)
@@ -189,7 +197,7 @@ class RolloutEngine:
                 lengths[in_row[p]] = len(prompts[p])
                 tokens[in_row[p], : len(prompts[p])] = prompts[p]
             row[b], prompt_id[b], sample_id[b] = in_row[p], identity(prompts[p]), s
-        state = self._refill(params, state, tokens, lengths, row, prompt_id, sample_id)
+        state = self._refill(params, state, tokens, lengths, row, prompt_id, sample_id, self._judge_params)
         return state, rows * width
 
 
@@ -248,32 +256,36 @@ def build_engine(
     top_p: float,
     max_response: int,
 ) -> RolloutEngine:
-    """The engine of a model: its token tables and the settings of a config's `rollout` part, in tokens."""
+    """The engine of a model: its token tables and the settings of a config's `rollout` part, in tokens.
+
+    Args:
+        described: the model but its weights.
+        config: the `rollout` part of a config.
+        mesh: with one axis, `data`.
+        dtype: of the compute.
+        truncate: False for plain sampling whatever `config.exit` says.
+        temperature: of the sampling.
+        top_p: of the sampling.
+        max_response: tokens of a completion.
+    """
     tokenizer = described.tokenizer
-
-    def encode(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer.encode(text, add_special_tokens=False))
-
+    policy, judge_params = build_policy(config, tokenizer, dtype) if truncate else Built(None, None)
     machine = Machine(
-        truncate=truncate,
+        policy=policy,
         max_response=max_response,
         think_budget=int(config.think_ratio * max_response),
         budget_margin=config.budget_margin,
         max_probes=config.max_probes,
-        max_probe_tokens=config.max_probe_tokens,
         max_repetitions=config.max_repetitions,
-        delta=config.delta,
-        strict=config.strict,
-        early_abort=config.early_abort,
         temperature=temperature,
         top_p=top_p,
         think_end=think_end_id(tokenizer),
         eos=described.eos_ids,
-        inducing=encode(config.inducing_prompt),
-        closing=encode(CLOSING),
+        closing=encode(tokenizer, CLOSING),
     )
     texts = token_bytes(tokenizer, described.config.vocab_size)
-    vocab = build_vocabulary(texts, tuple(config.triggers))
+    delimiters = tuple(config.verifier.delimiters) if machine.judge else ()
+    vocab = build_vocabulary(texts, tuple(config.triggers), delimiters)
     return RolloutEngine(
         described.config,
         machine,
@@ -282,4 +294,5 @@ def build_engine(
         max_prompt=config.max_prompt_tokens,
         dtype=jnp.dtype(dtype),
         mesh=mesh,
+        judge_params=jax.device_put(judge_params, replicated(mesh)),
     )

@@ -1,4 +1,4 @@
-"""When is the answer certain? The score that a probe yields, and when it can be told early."""
+"""The scores that end a thinking, as formulas: how sure of the answer, whether enough was thought."""
 
 import math
 
@@ -73,3 +73,19 @@ def counted_sum(top1_logprobs: jax.Array, length: jax.Array) -> jax.Array:
     counted = (at >= 1) & (at < length[..., None])
     bounded = jnp.clip(top1_logprobs, math.log(PROBABILITY_FLOOR), 0.0)
     return jnp.sum(jnp.where(counted, bounded, 0.0), axis=-1)
+
+
+def log_odds(yes_logits: jax.Array, no_logits: jax.Array) -> jax.Array:
+    """`log(P(yes) / P(no))`, `[...]`, of the logits of the tokens that say yes and of those that say no."""
+    return jax.nn.logsumexp(yes_logits, axis=-1) - jax.nn.logsumexp(no_logits, axis=-1)
+
+
+def sufficiency_score(odds: jax.Array) -> jax.Array:
+    """The score of 0 to 100 that a model gives its reasoning: the share of yes, to the nearest whole number.
+
+    `100 P(yes) / (P(yes) + P(no))`, halves rounded up. So 100 means at least 99.5 %, and can be reached.
+
+    Args:
+        odds: `log_odds` of the answer to the question whether the reasoning suffices.
+    """
+    return jnp.floor(100 * jax.nn.sigmoid(odds) + 0.5)

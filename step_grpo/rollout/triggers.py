@@ -33,7 +33,9 @@ class TriggerTable(NamedTuple):
     token_class: jax.Array  # [V]
     next_state: jax.Array
     confirms: jax.Array
-    bytes_back: jax.Array  # from the confirming token's text back to the trigger's first byte; 0: it is inside
+    bytes_back: (
+        jax.Array
+    )  # from the confirming token's text back to the trigger's first byte; 0: it is inside
     ends_before: jax.Array  # no byte of the trigger lies in the confirming token
 
 
@@ -46,6 +48,7 @@ class Vocabulary(NamedTuple):
     """
 
     triggers: TriggerTable
+    delimiters: TriggerTable  # a token confirms a delimiter that it completes
     size: jax.Array  # bytes
     has_space: jax.Array
     prefix_hash: jax.Array
@@ -133,17 +136,25 @@ def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
     return [added.get(i, texts[i]) for i in range(known)] + [b""] * (size - known)
 
 
-def build_vocabulary(texts: list[bytes], triggers: tuple[str, ...]) -> Vocabulary:
+def build_vocabulary(
+    texts: list[bytes], triggers: tuple[str, ...], delimiters: tuple[str, ...] = ()
+) -> Vocabulary:
     """Makes the tables of a vocabulary.
 
+    Args:
+        texts: `token_bytes`.
+        triggers: words that open a step.
+        delimiters: texts at which a second model judges the thinking, whatever stands around them.
+
     Raises:
-        UserError: no string of tokens holds a trigger, so that no probe could ever start; or a trigger
-            stands inside another one.
+        UserError: no string of tokens holds a trigger or a delimiter, so that no probe could ever start; or
+            a trigger stands inside another one.
     """
     pieces = [text.split(b" ") for text in texts]
     inside = [sorted(set(p[1:-1])) for p in pieces]
     return Vocabulary(
-        triggers=build_triggers(texts, triggers),
+        triggers=build_table("triggers", triggers, *_byte_automaton(triggers), texts),
+        delimiters=build_table("verifier.delimiters", delimiters, *_delimiter_automaton(delimiters), texts),
         size=jnp.asarray([len(text) for text in texts], jnp.int32),
         has_space=jnp.asarray([len(p) > 1 for p in pieces]),
         prefix_hash=jnp.asarray(np.array([_hash(p[0]) for p in pieces], np.uint32)),
@@ -154,19 +165,28 @@ def build_vocabulary(texts: list[bytes], triggers: tuple[str, ...]) -> Vocabular
     )
 
 
-def build_triggers(texts: list[bytes], triggers: tuple[str, ...]) -> TriggerTable:
-    """Composes the automaton of `triggers` along the bytes of every token.
+def build_table(
+    field: str, words: tuple[str, ...], next_byte: np.ndarray, length: np.ndarray, texts: list[bytes]
+) -> TriggerTable:
+    """Composes an automaton over bytes along the bytes of every token.
+
+    Args:
+        field: of `config.rollout` that holds the words.
+        words: what the automaton finds.
+        next_byte: `[S, 256]` its states.
+        length: `[S, 256]` bytes from the beginning of a found word to this one, 0 where none is found.
+        texts: `token_bytes`.
 
     Raises:
-        UserError: as `build_vocabulary`.
+        UserError: there are words, but no string of tokens holds one.
     """
-    steps = _compose(*_byte_automaton(triggers), texts)  # [S, V] each
+    steps = _compose(next_byte, length, texts)  # [S, V] each
     columns = np.ascontiguousarray(np.concatenate(steps).T)  # [V, 4 S]
     rows = columns.view(np.dtype((np.void, columns.itemsize * columns.shape[1])))[:, 0]
     _, first, token_class = np.unique(rows, return_index=True, return_inverse=True)
     next_state, confirms, bytes_back, ends_before = (step[:, first] for step in steps)
-    if not confirms[_reachable(next_state)].any():
-        raise UserError(f"config.rollout.triggers: no tokens of the tokenizer make up any of {triggers!r}")
+    if words and not confirms[_reachable(next_state)].any():
+        raise UserError(f"config.rollout.{field}: no tokens of the tokenizer make up any of {words!r}")
     return TriggerTable(
         token_class=jnp.asarray(token_class, jnp.int32),
         next_state=jnp.asarray(next_state, jnp.int32),
@@ -222,6 +242,22 @@ def _byte_automaton(triggers: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         next_state.append([states[after] for after, _ in steps])
         length.append([len(found) for _, found in steps])
     return np.array(next_state, np.int16), np.array(length, np.int16)
+
+
+def _delimiter_automaton(delimiters: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Finds each delimiter at its last byte, anew behind the one before: as `_byte_automaton`, `[S, 256]`."""
+    words = [word.encode() for word in delimiters]
+    starts = sorted({word[:n] for word in words for n in range(1, len(word))}, key=len)
+    states = {b"": 0, **{start: n for n, start in enumerate(starts, 1)}}
+    next_state, length = np.zeros((2, len(states), 256), np.int16)
+    for start, state in states.items():
+        for byte in range(256):
+            text = start + bytes([byte])
+            found = max((len(word) for word in words if text.endswith(word)), default=0)
+            tails = [text[n:] for n in range(len(text) + 1)] if not found else [b""]
+            next_state[state, byte] = next(states[tail] for tail in tails if tail in states)
+            length[state, byte] = found
+    return next_state, length
 
 
 def _nested(found: bytes, scan: _Scan, words: list[bytes]) -> tuple[str, str]:

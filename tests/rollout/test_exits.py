@@ -133,9 +133,9 @@ def test_score_of_a_given_up_probe_is_not_above_delta(probe):
 
 THINK_END, WAIT = 2, 3
 MACHINE = Machine(
-    truncate=True, max_response=100, think_budget=90, budget_margin=10, max_probes=4, max_probe_tokens=5,
-    max_repetitions=3, delta=0.5, strict=True, early_abort=True, temperature=1.0, top_p=1.0,
-    think_end=THINK_END, eos=(0,), inducing=(4, 5), closing=(6, THINK_END, 6),
+    policy=Confidence(question=(4, 5), max_notes=5, delta=0.5, strict=True, early_abort=True),
+    max_response=100, think_budget=90, budget_margin=10, max_probes=4, max_repetitions=3, temperature=1.0,
+    top_p=1.0, think_end=THINK_END, eos=(0,), closing=(6, THINK_END, 6),
 )  # fmt: skip
 
 
