@@ -69,7 +69,9 @@ def base_config() -> ConfigDict:
         "max_prompt_tokens": 2048,
         "max_response_tokens": 16384,
         "temperature": 1.0,
+        "top_k": 0,  # most probable tokens that may be drawn; 0: all
         "top_p": 1.0,
+        "min_p": 0.0,  # least probability, as a share of the largest one; 0: any
         # What ends the thinking: `confidence` in a tentative answer, `sufficiency` as the model itself sees
         # it, a `verifier`, or `none` of them: plain sampling.
         "exit": "confidence",
@@ -132,7 +134,9 @@ def base_config() -> ConfigDict:
         "data": data_config(name="HuggingFaceH4/MATH-500", split="test"),
         "questions": 500,  # the first so many of the split; 0: all
         "temperature": 0.6,
+        "top_k": 0,
         "top_p": 0.95,
+        "min_p": 0.0,
         "max_response_tokens": 16384,
     }
     groups = {"model": model, "data": data, "rollout": rollout, "reward": reward, "grpo": grpo}
@@ -334,8 +338,9 @@ def _check_rollout(rollout: ConfigDict) -> None:
     _at_least(1, rollout, where, "lanes", "max_prompt_tokens", "max_response_tokens", "max_repetitions")
     _at_least(0, rollout, where, "max_probes", "budget_margin")
     _positive(rollout, where, "temperature")
+    _at_least(0, rollout, where, "top_k")
     _share(rollout, where, "top_p", "think_ratio")
-    _fraction(rollout, where, "delta")
+    _fraction(rollout, where, "delta", "min_p")
     _choice(rollout, where, "exit", ("confidence", "sufficiency", "verifier", "none"))
     # The first token of a tentative answer is not counted, so one alone could never be confident.
     _at_least(2, rollout, where, "max_probe_tokens")
@@ -403,7 +408,9 @@ def _check_eval(evaluation: ConfigDict) -> None:
     where = "config.eval"
     _at_least(0, evaluation, where, "questions", "temperature")  # temperature 0 is greedy
     _at_least(1, evaluation, where, "max_response_tokens")
+    _at_least(0, evaluation, where, "top_k")
     _share(evaluation, where, "top_p")
+    _fraction(evaluation, where, "min_p")
 
 
 def sft_config() -> ConfigDict:

@@ -79,7 +79,9 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
         config.model.dtype,
         truncate=config.rollout.exit != "none",
         temperature=config.rollout.temperature,
+        top_k=config.rollout.top_k,
         top_p=config.rollout.top_p,
+        min_p=config.rollout.min_p,
         max_response=config.rollout.max_response_tokens,
     )
     plain = evaluation_engine(described, config, mesh)

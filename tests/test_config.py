@@ -141,7 +141,9 @@ WRONG = {
     "rollout.max_prompt_tokens": 0,
     "rollout.max_response_tokens": 0,
     "rollout.temperature": 0.0,
+    "rollout.top_k": -1,
     "rollout.top_p": 0.0,
+    "rollout.min_p": 1.5,
     "rollout.exit": "confident",
     "rollout.delta": 1.01,
     "rollout.triggers": (),
@@ -174,7 +176,9 @@ WRONG = {
     "grpo.logprob_chunk": 0,
     "eval.questions": -1,
     "eval.temperature": -0.1,
+    "eval.top_k": -2,
     "eval.top_p": 1.1,
+    "eval.min_p": -0.5,
     "eval.max_response_tokens": 0,
 }
 

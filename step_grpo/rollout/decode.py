@@ -217,6 +217,9 @@ def observe(
 ) -> tuple[Observation, jax.Array]:
     """Everything that the phases may look at, `[B]` each; and the hash of the chunk if it ended here.
 
+    Log-probs of sampled and forced tokens are those of the whole tempered softmax, whatever top-k, top-p and
+    min-p leave of it: they are compared with the trainer's, which knows no such limits.
+
     Args:
         machine: settings.
         vocab: token tables.
@@ -226,7 +229,14 @@ def observe(
         keys_B: of the token to sample.
     """
     lane = state.lane
-    token = sample(logits_BV, keys_B, temperature=machine.temperature, top_p=machine.top_p).astype(jnp.int32)
+    token = sample(
+        logits_BV,
+        keys_B,
+        temperature=machine.temperature,
+        top_k=machine.top_k,
+        top_p=machine.top_p,
+        min_p=machine.min_p,
+    ).astype(jnp.int32)
     normaliser = jax.nn.logsumexp(logits_BV, axis=-1)
     tempered_BV, tempered_normaliser = logits_BV, normaliser
     if machine.temperature not in (0, 1):

@@ -253,7 +253,9 @@ def build_engine(
     *,
     truncate: bool,
     temperature: float,
+    top_k: int,
     top_p: float,
+    min_p: float,
     max_response: int,
 ) -> RolloutEngine:
     """The engine of a model: its token tables and the settings of a config's `rollout` part, in tokens.
@@ -264,8 +266,10 @@ def build_engine(
         mesh: with one axis, `data`.
         dtype: of the compute.
         truncate: False for plain sampling whatever `config.exit` says.
-        temperature: of the sampling.
-        top_p: of the sampling.
+        temperature: of the sampling, as are the next three.
+        top_k: 0 for no limit.
+        top_p: 1 for no limit.
+        min_p: 0 for no limit.
         max_response: tokens of a completion.
     """
     tokenizer = described.tokenizer
@@ -282,6 +286,8 @@ def build_engine(
         think_end=think_end_id(tokenizer),
         eos=described.eos_ids,
         closing=encode(tokenizer, CLOSING),
+        top_k=top_k,
+        min_p=min_p,
     )
     texts = token_bytes(tokenizer, described.config.vocab_size)
     delimiters = tuple(config.verifier.delimiters) if machine.judge else ()

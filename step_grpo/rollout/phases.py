@@ -51,6 +51,8 @@ class Machine:
     think_end: int
     eos: tuple[int, ...]
     closing: tuple[int, ...]
+    top_k: int = 0
+    min_p: float = 0.0
 
     @property
     def truncate(self) -> bool:
@@ -293,7 +295,7 @@ def exit_aside(machine: Machine, lane: Lane, reason: jax.Array) -> tuple[Lane, E
 
 
 def put_back(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
-    """PUT_BACK: after a declined probe, feed the trigger's recorded tokens again; then record the held one."""
+    """PUT_BACK: after a declined probe, feed the recorded tokens again; then record the held one."""
     lane = lane._replace(probe_tokens=lane.probe_tokens + 1)
     lane, emit = put_back_next(machine, lane, seen.recorded, seen.closing_logprobs[0])
     return lane, probed, emit
@@ -449,11 +451,8 @@ def read_delimiters(lane: Lane, vocab: Vocabulary, emit: Emit) -> Lane:
 
 def open_chunk(lane: Lane, opens_B: jax.Array, start_B: jax.Array) -> Lane:
     """Begins a new chunk at position `start_B` of the lanes where `opens_B`."""
-    fresh = lane._replace(
-        chunk_start=start_B,
-        chunk_hash=jnp.zeros_like(lane.chunk_hash),
-        word_hash=jnp.zeros_like(lane.word_hash),
-    )
+    no_hash = jnp.zeros_like(lane.chunk_hash)
+    fresh = lane._replace(chunk_start=start_B, chunk_hash=no_hash, word_hash=no_hash)
     return select(opens_B, fresh, lane)
 
 

@@ -130,10 +130,10 @@ class Confidence:
 class Sufficiency:
     """The model itself is asked whether its reasoning suffices (arXiv 2604.06787).
 
-    The paper, "When Is Thinking Enough?", lets the model score its reasoning from 0 to 100. Here the question is answered by yes or no,
-    and the score is the share of yes, `sufficiency_score`: it takes one distribution instead of a number
-    decoded digit by digit, whose tokens differ from tokenizer to tokenizer, and it is graded where a number
-    that a model writes is nearly always one of a few round ones.
+    The paper, "When Is Thinking Enough?", lets the model score its reasoning from 0 to 100. Here the question
+    is answered by yes or no, and the score is the share of yes, `sufficiency_score`: it takes one
+    distribution instead of a number decoded digit by digit, whose tokens differ from tokenizer to tokenizer,
+    and it is graded where a number that a model writes is nearly always one of a few round ones.
     """
 
     question: tuple[int, ...]

@@ -33,9 +33,7 @@ class TriggerTable(NamedTuple):
     token_class: jax.Array  # [V]
     next_state: jax.Array
     confirms: jax.Array
-    bytes_back: (
-        jax.Array
-    )  # from the confirming token's text back to the trigger's first byte; 0: it is inside
+    bytes_back: jax.Array  # of the text before the confirming token, from the trigger's first byte on
     ends_before: jax.Array  # no byte of the trigger lies in the confirming token
 
 
@@ -205,7 +203,7 @@ class _Scan(NamedTuple):
 
 
 def _read(scan: _Scan, byte: int, words: list[bytes]) -> tuple[_Scan, bytes]:
-    """Reads a byte; returns also the text from the beginning of the trigger that it confirms (empty: none)."""
+    """Reads a byte; returns also the text from the trigger that it confirms up to it, or nothing."""
     tail, after_letter, covered = scan.tail + bytes([byte]), scan.after_letter, scan.covered
     found = b""
     while tail:
@@ -222,25 +220,28 @@ def _read(scan: _Scan, byte: int, words: list[bytes]) -> tuple[_Scan, bytes]:
 
 
 def _byte_automaton(triggers: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The state after each byte, and the bytes from the beginning of the confirmed trigger to it: `[S, 256]`."""
+    """The state after each byte, and the bytes from the trigger that it confirms up to it: `[S, 256]`."""
     words = sorted({word.encode() for word in triggers})
+    own = set(b"".join(words))
+    kind = [byte if byte in own else -1 - _is_letter(byte) for byte in range(256)]
+    like = [kind.index(k) for k in kind]  # the first byte that acts as each one does
     states = {_Scan(): 0}
     queue = list(states)
     next_state, length = [], []
     for scan in queue:  # grows as states are met
-        steps = [_read(scan, byte, words) for byte in range(256)]
-        for after, found in steps:
+        steps = {byte: _read(scan, byte, words) for byte in set(like)}
+        for after, found in steps.values():
             if after not in states:
                 states[after] = len(states)
                 queue.append(after)
             if found and not any(found[:-1] == word for word in words):
                 inner, outer = _nested(found, scan, words)
                 raise UserError(
-                    f"config.rollout.triggers: {inner!r} stands inside {outer!r}, so that it would be known as "
-                    "a trigger only when the longer one breaks off; remove one of them"
+                    f"config.rollout.triggers: {inner!r} stands inside {outer!r}, so that it would be known "
+                    "as a trigger only when the longer one breaks off; remove one of them"
                 )
-        next_state.append([states[after] for after, _ in steps])
-        length.append([len(found) for _, found in steps])
+        next_state.append([states[steps[byte][0]] for byte in like])
+        length.append([len(steps[byte][1]) for byte in like])
     return np.array(next_state, np.int16), np.array(length, np.int16)
 
 

@@ -1,5 +1,6 @@
 """The confidence of a tentative answer, and what the machine makes of it."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from step_grpo.rollout import phases
 from step_grpo.rollout.decode import fresh_lanes
 from step_grpo.rollout.exits import probe_confidence, probe_is_hopeless
 from step_grpo.rollout.phases import ANSWER, PROBE, THINK, Lane, Machine, Observation, Probed
+from step_grpo.rollout.policies import Confidence, Look
 
 PROBABILITY = st.one_of(st.floats(1e-14, 1), st.sampled_from([0.0, 1e-12, 1e-10, 1.0]))
 ANSWERS = st.lists(st.tuples(st.lists(PROBABILITY, min_size=6, max_size=6), st.integers(0, 6), st.booleans()))
@@ -144,7 +146,7 @@ def end_of_probe(delta: float, last_logprob: float, length: int = 20) -> tuple[L
     one = jnp.zeros(1, jnp.int32)
     lane = fresh_lanes(one, one, one + 7, one)._replace(
         phase=one + PROBE,
-        queued=one + len(MACHINE.inducing),
+        queued=one + len(MACHINE.policy.question),
         probe_length=one + 1,
         held=one + WAIT,
         resume=one + 26,
@@ -154,13 +156,16 @@ def end_of_probe(delta: float, last_logprob: float, length: int = 20) -> tuple[L
     seen = Observation(
         token=one + 9,
         logprob=jnp.zeros(1),
-        greedy=one + THINK_END,
-        greedy_logprob=jnp.full(1, last_logprob),
+        look=Look(one + THINK_END, jnp.full(1, last_logprob)),
         closing_logprobs=jnp.zeros((1, 3)),
+        is_delimiter=jnp.zeros(1, bool),
         is_trigger=jnp.zeros(1, bool),
+        pieces=one,
+        exit_logprob=jnp.zeros(1),
         finished_chunk_hash=jnp.zeros(1, jnp.uint32),
+        recorded=one,
     )
-    machine = Machine(**{**vars(MACHINE), "delta": delta})
+    machine = dataclasses.replace(MACHINE, policy=dataclasses.replace(MACHINE.policy, delta=delta))
     lane, _, emit = phases.step_lanes(machine, lane, Probed(jnp.zeros((1, 5)), jnp.zeros((1, 4))), seen)
     return lane, emit
 
