@@ -151,8 +151,8 @@ def build_vocabulary(
     pieces = [text.split(b" ") for text in texts]
     inside = [sorted(set(p[1:-1])) for p in pieces]
     return Vocabulary(
-        triggers=build_table("triggers", triggers, *_byte_automaton(triggers), texts),
-        delimiters=build_table("verifier.delimiters", delimiters, *_delimiter_automaton(delimiters), texts),
+        triggers=build_triggers(texts, triggers),
+        delimiters=build_delimiters(texts, delimiters),
         size=jnp.asarray([len(text) for text in texts], jnp.int32),
         has_space=jnp.asarray([len(p) > 1 for p in pieces]),
         prefix_hash=jnp.asarray(np.array([_hash(p[0]) for p in pieces], np.uint32)),
@@ -163,22 +163,40 @@ def build_vocabulary(
     )
 
 
-def build_table(
-    field: str, words: tuple[str, ...], next_byte: np.ndarray, length: np.ndarray, texts: list[bytes]
+def build_triggers(texts: list[bytes], triggers: tuple[str, ...]) -> TriggerTable:
+    """The automaton that finds triggers where they stand alone.
+
+    Raises:
+        UserError: as `build_vocabulary`.
+    """
+    return _table("triggers", triggers, _byte_automaton(triggers), texts)
+
+
+def build_delimiters(texts: list[bytes], delimiters: tuple[str, ...]) -> TriggerTable:
+    """The automaton that finds delimiters, whatever stands around them; without any, it finds none.
+
+    Raises:
+        UserError: as `build_vocabulary`.
+    """
+    return _table("verifier.delimiters", delimiters, _delimiter_automaton(delimiters), texts)
+
+
+def _table(
+    field: str, words: tuple[str, ...], automaton: tuple[np.ndarray, np.ndarray], texts: list[bytes]
 ) -> TriggerTable:
     """Composes an automaton over bytes along the bytes of every token.
 
     Args:
         field: of `config.rollout` that holds the words.
         words: what the automaton finds.
-        next_byte: `[S, 256]` its states.
-        length: `[S, 256]` bytes from the beginning of a found word to this one, 0 where none is found.
+        automaton: `[S, 256]` the state after each byte, and the bytes from the beginning of the word that
+            this byte shows to be there to the byte itself, 0 where there is none.
         texts: `token_bytes`.
 
     Raises:
         UserError: there are words, but no string of tokens holds one.
     """
-    steps = _compose(next_byte, length, texts)  # [S, V] each
+    steps = _compose(*automaton, texts)  # [S, V] each
     columns = np.ascontiguousarray(np.concatenate(steps).T)  # [V, 4 S]
     rows = columns.view(np.dtype((np.void, columns.itemsize * columns.shape[1])))[:, 0]
     _, first, token_class = np.unique(rows, return_index=True, return_inverse=True)
