@@ -72,9 +72,30 @@ def base_config() -> ConfigDict:
         "top_k": 0,  # most probable tokens that may be drawn; 0: all
         "top_p": 1.0,
         "min_p": 0.0,  # least probability, as a share of the largest one; 0: any
-        "exit": "confidence",  # or `none`: plain sampling
+        # What ends the thinking: `confidence` in a tentative answer, `sufficiency` as the model itself sees
+        # it, a `verifier`, or `none` of them: plain sampling.
+        "exit": "confidence",
         "delta": 0.95,
         "strict": True,
+        # End a probe once it cannot exit any more. Decisions stay the same; the confidences of such probes
+        # are those of the answer so far, not above delta.
+        "early_abort": True,
+        "sufficiency": {
+            "threshold": 100.0,  # of the score, 0 to 100
+            "min_gap": 64,  # tokens between two checks
+            "question": "\n\nIs the reasoning so far sufficient to derive the correct final answer? "
+            "Answer (Yes or No):",
+        },
+        "verifier": {
+            "checkpoint": "",  # folder, Hub name, or `builtin:tiny`, with the model's vocabulary
+            "threshold": 0.5,  # of the probability of yes against no
+            "delimiters": ("\n\n",),
+            "prefix": "",  # what the verifier reads before the prompt
+            "question": "\n\nIs the reasoning so far sufficient to derive the correct final answer? "
+            "Answer (Yes or No):",
+        },
+        "yes_words": ("yes", "Yes", "YES", " yes", " Yes", " YES"),
+        "no_words": ("no", "No", "NO", " no", " No", " NO"),
         "triggers": ("Wait",),
         "inducing_prompt": "\n**Final Answer**\n\\boxed",
         "think_ratio": 0.9,
@@ -320,13 +341,39 @@ def _check_rollout(rollout: ConfigDict) -> None:
     _at_least(0, rollout, where, "top_k")
     _share(rollout, where, "top_p", "think_ratio")
     _fraction(rollout, where, "delta", "min_p")
-    _choice(rollout, where, "exit", ("confidence", "none"))
+    _choice(rollout, where, "exit", ("confidence", "sufficiency", "verifier", "none"))
     # The first token of a tentative answer is not counted, so one alone could never be confident.
     _at_least(2, rollout, where, "max_probe_tokens")
     words = rollout.triggers
     ok = bool(words) and all(isinstance(word, str) and word.strip() for word in words)
     _require(ok, f"{where}.triggers", words, "a tuple of words, such as ('Wait',)")
     _require(bool(rollout.inducing_prompt), f"{where}.inducing_prompt", "", "the text that asks for it")
+    _texts(rollout, where, "yes_words", "no_words")
+    _check_sufficiency(rollout.sufficiency)
+    _check_verifier(rollout.verifier, needed=rollout.exit == "verifier")
+
+
+def _check_sufficiency(sufficiency: ConfigDict) -> None:
+    where = "config.rollout.sufficiency"
+    _require(0 <= sufficiency.threshold <= 100, f"{where}.threshold", sufficiency.threshold, "0 to 100")
+    _at_least(0, sufficiency, where, "min_gap")
+    _require(bool(sufficiency.question), f"{where}.question", "", "the text that asks for a yes or no")
+
+
+def _check_verifier(verifier: ConfigDict, *, needed: bool) -> None:
+    where = "config.rollout.verifier"
+    right = "named, since config.rollout.exit is 'verifier'"
+    _require(bool(verifier.checkpoint) or not needed, f"{where}.checkpoint", verifier.checkpoint, right)
+    _fraction(verifier, where, "threshold")
+    _texts(verifier, where, "delimiters")
+    _require(bool(verifier.question), f"{where}.question", "", "the text that asks for a yes or no")
+
+
+def _texts(group: ConfigDict, where: str, *fields: str) -> None:
+    for field in fields:
+        texts = group[field]
+        ok = not isinstance(texts, str) and bool(texts) and all(isinstance(t, str) and t for t in texts)
+        _require(ok, f"{where}.{field}", texts, "a tuple of texts, none of them empty")
 
 
 def _check_reward(reward: ConfigDict) -> None:

@@ -45,6 +45,7 @@ from step_grpo.reward import rewards
 from step_grpo.reward.grading import Grader
 from step_grpo.rollout.engine import RolloutStats, build_engine
 from step_grpo.rollout.phases import REASONS
+from step_grpo.rollout.policies import Policy
 from step_grpo.scoring import Scored, score_completions
 
 TRAINING_STREAM = 0  # folded into the seed, so that evaluation and training never share randomness
@@ -77,7 +78,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
         config.rollout,
         mesh,
         config.model.dtype,
-        truncate=config.rollout.exit == "confidence",
+        truncate=config.rollout.exit != "none",
         temperature=config.rollout.temperature,
         top_k=config.rollout.top_k,
         top_p=config.rollout.top_p,
@@ -122,7 +123,9 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
                 )
                 clock.lap("update_seconds")
 
-                figures = rollout_figures(scored, reward, stats, config.rollout.delta) | measured | clock.laps
+                figures = (
+                    rollout_figures(scored, reward, stats, rollout.machine.policy) | measured | clock.laps
+                )
                 metrics.write(step + 1, figures)
                 warn_of_no_signal(figures)
                 shown = ("accuracy", "tokens", "steps", "exit_early_exit", "reward", "kl")
@@ -330,7 +333,7 @@ def update_policy(
 
 
 def rollout_figures(
-    scored: Sequence[Scored], reward: np.ndarray, stats: RolloutStats, delta: float
+    scored: Sequence[Scored], reward: np.ndarray, stats: RolloutStats, policy: Policy | None
 ) -> dict[str, float]:
     """Figures of one rollout batch, all plain numbers."""
     completions = [s.completion for s in scored]
@@ -355,12 +358,12 @@ def rollout_figures(
         "lane_use": stats.live_steps / max(stats.lane_steps, 1),
     }
     figures |= {f"exit_{reason}": reasons[reason] / len(scored) for reason in REASONS}
-    return figures | confidence_figures(confidences, delta)
+    return figures | confidence_figures(confidences, policy)
 
 
-def confidence_figures(confidences: np.ndarray, delta: float) -> dict[str, float]:
-    """Percentiles of a batch's probe confidences and the share above delta; nothing without a probe."""
-    if not len(confidences):
+def confidence_figures(confidences: np.ndarray, policy: Policy | None) -> dict[str, float]:
+    """Percentiles of a batch's probe confidences and the share that passed; nothing without a probe."""
+    if not policy or not len(confidences):
         return {}
     p10, p50, p90 = np.percentile(confidences, [10, 50, 90])
     largest = confidences.max()
@@ -369,7 +372,7 @@ def confidence_figures(confidences: np.ndarray, delta: float) -> dict[str, float
         "confidence_p50": float(p50),
         "confidence_p90": float(p90),
         "confidence_max": float(largest),
-        "confidence_above_delta": float(np.mean(confidences > delta)),
+        "confidence_above_delta": float(np.mean(policy.passes(confidences))),
     }
 
 

@@ -146,6 +146,14 @@ WRONG = {
     "rollout.min_p": 1.5,
     "rollout.exit": "confident",
     "rollout.delta": 1.01,
+    "rollout.sufficiency.threshold": 101.0,
+    "rollout.sufficiency.min_gap": -1,
+    "rollout.sufficiency.question": "",
+    "rollout.verifier.threshold": -0.1,
+    "rollout.verifier.delimiters": (),
+    "rollout.verifier.question": "",
+    "rollout.yes_words": (),
+    "rollout.no_words": ("",),
     "rollout.triggers": (),
     "rollout.inducing_prompt": "",
     "rollout.think_ratio": 1.5,
@@ -197,7 +205,15 @@ FREE = {
     *(f"{data}.{name}" for data in ("data", "eval.data") for name in ("subset", "split", "answer_pattern")),
     *(f"{data}.{name}" for data in ("data", "eval.data") for name in ("instruction", "count")),
     *(f"eval.data.{name}" for name in ("name", "bad_rows", "prompt_column", "answer_column")),
-    *("model.tokenizer", "model.architecture", "rollout.strict", "grpo.train_forced_tokens"),
+    *(
+        "model.tokenizer",
+        "model.architecture",
+        "rollout.strict",
+        "rollout.early_abort",
+        "rollout.verifier.checkpoint",
+        "rollout.verifier.prefix",
+        "grpo.train_forced_tokens",
+    ),
 }
 
 
@@ -225,6 +241,19 @@ def test_generated_problems_need_a_count_and_no_name():
     validate(changed({"data.source": "arithmetic", "data.name": ""}))
     with pytest.raises(UserError, match=r"config\.data\.count is 0"):
         validate(changed({"data.source": "arithmetic", "data.count": 0}))
+
+
+def test_verifier_needs_a_checkpoint():
+    with pytest.raises(UserError, match=r"config\.rollout\.verifier\.checkpoint is ''"):
+        validate(changed({"rollout.exit": "verifier"}))
+    validate(changed({"rollout.exit": "verifier", "rollout.verifier.checkpoint": "builtin:tiny"}))
+
+
+def test_one_text_is_no_tuple_of_texts():
+    with pytest.raises(UserError, match=r"config\.rollout\.verifier\.delimiters is '\\n\\n'"):
+        config = base_config().unlock()
+        config.rollout.verifier = ConfigDict({**config.rollout.verifier.to_dict(), "delimiters": "\n\n"})
+        validate(config)
 
 
 def test_greedy_evaluation_is_allowed():

@@ -9,8 +9,11 @@ from step_grpo.model import qwen
 from step_grpo.model.cache import Cache, copy_lanes, empty_cache, with_capacity
 from step_grpo.rollout import phases
 from step_grpo.rollout.phases import DONE, THINK, Lane, Machine, Observation, Probed
+from step_grpo.rollout.policies import Judge, Look
 from step_grpo.rollout.sampling import sample, sample_key
 from step_grpo.rollout.triggers import Found, Recent, Vocabulary, nothing_recent
+
+NO_PROBE = -(2**30)  # a place so far back that no gap from it is too small
 
 
 class RolloutState(NamedTuple):
@@ -21,15 +24,17 @@ class RolloutState(NamedTuple):
     tokens: jax.Array  # [B, R] the completions so far
     logprobs: jax.Array  # [B, R] of each recorded token, tempered
     forced: jax.Array  # [B, R] recorded by the machine, not sampled
-    words: jax.Array  # [B, R, 2] see phases.read_text; unused ([B, 1, 2]) in plain sampling
+    words: jax.Array  # [B, R, 2] see phases.read_text; [B, 0, 2] in plain sampling
     recent: Recent  # [B, M]
     cache: Cache
+    judge_cache: Cache  # of the second model; empty where there is none
 
 
 class Prefilled(NamedTuple):
     """Prompts that completions can start from, leaves `[Q, ...]`."""
 
     cache: Cache  # [Q, K, T, H] a layer
+    judge_cache: Cache  # likewise, its prefix before the prompt; empty where there is no second model
     length: jax.Array
     last_token: jax.Array
 
@@ -60,14 +65,23 @@ def empty_state(
     )
     return RolloutState(
         lane=lane._replace(phase=jnp.full(B, DONE, jnp.int32)),
-        probed=Probed(jnp.zeros((B, machine.max_probe_tokens)), jnp.zeros((B, machine.max_probes))),
+        probed=Probed(jnp.zeros((B, machine.max_notes)), jnp.zeros((B, machine.max_probes))),
         tokens=jnp.zeros((B, R), jnp.int32),
         logprobs=jnp.zeros((B, R)),
         forced=jnp.zeros((B, R), bool),
-        words=jnp.zeros((B, R if machine.truncate else 1, 2), jnp.uint32),
+        words=jnp.zeros((B, R if machine.truncate else 0, 2), jnp.uint32),
         recent=nothing_recent(B, reach),
         cache=empty_cache(cfg.layers, B, cfg.kv_heads, capacity, cfg.head_dim, dtype),
+        judge_cache=empty_judge_cache(machine.judge, B, capacity, dtype),
     )
+
+
+def empty_judge_cache(judge: Judge | None, lanes: int, capacity: int, dtype) -> Cache:
+    """The second model's cache, as long as the lanes' own; none without a second model."""
+    if not judge:
+        return ()
+    cfg = judge.config
+    return empty_cache(cfg.layers, lanes, cfg.kv_heads, capacity, cfg.head_dim, dtype)
 
 
 def fresh_lanes(
@@ -92,14 +106,36 @@ def fresh_lanes(
         "chunk_hash": no_hash,
         "previous_hash": no_hash,
         "word_hash": no_hash,
+        "last_probe": zero + NO_PROBE,
     }
     return Lane(**scalars)
 
 
-def prefill(cfg: qwen.QwenConfig, params: qwen.Params, prompts: jax.Array, lengths: jax.Array) -> Prefilled:
-    """Runs prompts `[Q, T]`, padded on the right, of `lengths` `[Q]` tokens through the model."""
+def prefill(
+    cfg: qwen.QwenConfig,
+    judge: Judge | None,
+    params: qwen.Params,
+    judge_params: qwen.Params | None,
+    prompts: jax.Array,
+    lengths: jax.Array,
+) -> Prefilled:
+    """Runs prompts through the model, and behind a prefix of its own through the judge, if there is one.
+
+    Args:
+        cfg: architecture.
+        judge: the second model.
+        params: `qwen.decode_params`.
+        judge_params: of the second model.
+        prompts: `[Q, T]` prompts, padded on the right.
+        lengths: `[Q]` tokens in each prompt.
+    """
+    judge_cache: Cache = ()
+    if judge and judge_params is not None:
+        prefix = jnp.broadcast_to(jnp.array(judge.prefix, jnp.int32), (len(prompts), len(judge.prefix)))
+        prefixed = jnp.concatenate([prefix, prompts], axis=1)
+        judge_cache = qwen.prefill(judge_params, judge.config, prefixed, lengths + len(judge.prefix))
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
-    return Prefilled(qwen.prefill(params, cfg, prompts, lengths), lengths, last)
+    return Prefilled(qwen.prefill(params, cfg, prompts, lengths), judge_cache, lengths, last)
 
 
 def insert(
@@ -116,13 +152,17 @@ def insert(
     """
     at = jnp.maximum(row, 0)
     fresh = fresh_lanes(prompt_id, sample_id, prefilled.length[at], prefilled.last_token[at])
-    cache = copy_lanes(state.cache, prefilled.cache, row)
-    return state._replace(lane=phases.select(row >= 0, fresh, state.lane), cache=cache)
+    return state._replace(
+        lane=phases.select(row >= 0, fresh, state.lane),
+        cache=copy_lanes(state.cache, prefilled.cache, row),
+        judge_cache=copy_lanes(state.judge_cache, prefilled.judge_cache, row),
+    )
 
 
 def resize(state: RolloutState, capacity: int) -> RolloutState:
     """Gives each lane's cache room for `capacity` tokens; a smaller one must hold what is in use."""
-    return state._replace(cache=with_capacity(state.cache, capacity))
+    cache, judge_cache = with_capacity(state.cache, capacity), with_capacity(state.judge_cache, capacity)
+    return state._replace(cache=cache, judge_cache=judge_cache)
 
 
 def pack(state: RolloutState, lanes: jax.Array) -> RolloutState:
@@ -139,6 +179,7 @@ def decode_segment(
     state: RolloutState,
     max_steps: jax.Array,
     stop_live: jax.Array,
+    judge_params: qwen.Params | None = None,
 ) -> tuple[RolloutState, Taken]:
     """Advances all lanes by up to `max_steps` tokens, until at most `stop_live` `[1]` of them are not DONE.
 
@@ -155,7 +196,7 @@ def decode_segment(
     def advance(carry):
         taken, state = carry
         taken = Taken(taken.steps + 1, taken.live_steps + live(state))
-        return taken, decode_step(cfg, machine, params, vocab, run_key, state)
+        return taken, decode_step(cfg, machine, params, vocab, run_key, state, judge_params)
 
     taken, state = jax.lax.while_loop(go_on, advance, (Taken(jnp.int32(0), jnp.int32(0)), state))
     return state, Taken(taken.steps[None], taken.live_steps[None])
@@ -168,12 +209,17 @@ def decode_step(
     vocab: Vocabulary,
     run_key: jax.Array,
     state: RolloutState,
+    judge_params: qwen.Params | None = None,
 ) -> RolloutState:
     """One token for every lane."""
     lane = state.lane
     logits_BV, cache = qwen.decode(params, cfg, lane.token_in, state.cache, lane.kv_length)
+    asked_BV, judge_cache = logits_BV, state.judge_cache
+    if machine.judge and judge_params is not None:
+        token, length = phases.judge_input(machine, lane)
+        asked_BV, judge_cache = qwen.decode(judge_params, machine.judge.config, token, judge_cache, length)
     keys = jax.vmap(sample_key, (None, 0, 0, 0))(run_key, lane.prompt_id, lane.sample_id, lane.length)
-    seen, chunk_hash = observe(machine, vocab, state, logits_BV, keys)
+    seen, chunk_hash = observe(machine, vocab, state, logits_BV, asked_BV, keys)
     lane = lane._replace(kv_length=lane.kv_length + 1)
     lane, probed, emit = phases.step_lanes(machine, lane, state.probed, seen)
     position = lane.length - 1  # of the recorded token, if any
@@ -181,6 +227,8 @@ def decode_step(
     if machine.truncate:
         here = Recent(position, emit.closing_logprob, chunk_hash)
         lane, words, recent = phases.read_text(lane, words, recent, vocab, emit, here)
+    if machine.judge:
+        lane = phases.read_delimiters(lane, vocab, emit)
     rows = jnp.arange(position.shape[0])
     at = jnp.where(emit.valid, position, machine.max_response)  # out of range: dropped
     return RolloutState(
@@ -192,16 +240,30 @@ def decode_step(
         words=words,
         recent=recent,
         cache=cache,
+        judge_cache=judge_cache,
     )
 
 
 def observe(
-    machine: Machine, vocab: Vocabulary, state: RolloutState, logits_BV: jax.Array, keys_B: jax.Array
+    machine: Machine,
+    vocab: Vocabulary,
+    state: RolloutState,
+    logits_BV: jax.Array,
+    asked_BV: jax.Array,
+    keys_B: jax.Array,
 ) -> tuple[Observation, jax.Array]:
     """Everything that the phases may look at, `[B]` each; and the hash of the chunk if it ended here.
 
     Log-probs of sampled and forced tokens are those of the whole tempered softmax, whatever top-k, top-p and
     min-p leave of it: they are compared with the trainer's, which knows no such limits.
+
+    Args:
+        machine: settings.
+        vocab: token tables.
+        state: before the step.
+        logits_BV: of the model, behind the token just fed.
+        asked_BV: of the model that checks ask, the same or the judge.
+        keys_B: of the token to sample.
     """
     lane = state.lane
     token = sample(
@@ -224,12 +286,19 @@ def observe(
     if machine.truncate:
         here = here._replace(chunk_hash=phases.finished_chunk_hash(lane, state.words))
         found = phases.watch_text(lane, state.recent, vocab, token, here)
+    nothing = jnp.zeros_like(token)
+    look, is_delimiter = Look(nothing, nothing.astype(jnp.float32)), nothing > 0
+    if machine.policy:
+        look = machine.policy.look(asked_BV)
+    if machine.judge:
+        delimiters = vocab.delimiters
+        is_delimiter = delimiters.confirms[lane.delimiter_state, delimiters.token_class[token]]
     seen = Observation(
         token=token,
         logprob=chosen - tempered_normaliser,
-        greedy=jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
-        greedy_logprob=jnp.max(logits_BV, axis=-1) - normaliser,
+        look=look,
         closing_logprobs=closing_logprobs,
+        is_delimiter=is_delimiter,
         is_trigger=found.confirmed,
         pieces=lane.length - found.begin.position,
         exit_logprob=found.begin.closing_logprob,

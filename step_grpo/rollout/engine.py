@@ -20,6 +20,7 @@ from step_grpo.model import qwen
 from step_grpo.model.load import Description
 from step_grpo.rollout import decode
 from step_grpo.rollout.phases import DONE, REASONS, Machine
+from step_grpo.rollout.policies import Built, build_policy, encode
 from step_grpo.rollout.programs import Programs, make_ladder, round_up
 from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, reach, token_bytes
 
@@ -38,7 +39,7 @@ class Completion:
     logprobs: np.ndarray  # [n] float32, tempered, of the token that was recorded
     forced: np.ndarray  # [n] bool
     reason: str  # why the thinking ended, one of REASONS
-    confidences: np.ndarray  # [probes] float32
+    confidences: np.ndarray  # [probes] float32 scores of the checks, as the exit policy defines them
     probe_tokens: int  # steps spent in probes
 
 
@@ -105,6 +106,7 @@ class RolloutEngine:
         max_prompt: int,
         dtype: Any,
         mesh: Mesh,
+        judge_params: qwen.Params | None = None,
     ):
         """Remembers the settings; the programs are compiled at the first call.
 
@@ -117,16 +119,17 @@ class RolloutEngine:
             max_prompt: tokens of the longest prompt.
             dtype: of the cache.
             mesh: with one axis, `data`.
+            judge_params: of the second model that the machine's exit policy asks, on every device.
         """
         self.cfg, self.machine, self.vocab = cfg, machine, vocab
         self.lanes, self.max_prompt, self.dtype, self.mesh = lanes, max_prompt, dtype, mesh
+        self._judge_params = judge_params
         self._programs: Programs | None = None
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit into a lane's full cache: prompt, response, and a probe behind it."""
-        probe = len(self.machine.inducing) + self.machine.max_probe_tokens if self.machine.truncate else 0
-        return self.max_prompt + self.machine.max_response + probe
+        """Tokens that fit into a lane's full cache: prompt, response, and a check behind them."""
+        return self.max_prompt + self.machine.max_response + self.machine.check_room
 
     def compile(self, params: qwen.Params, completions: int) -> Programs:
         """Compiles every program that calls can need; later calls of this method return what is there.
@@ -144,6 +147,7 @@ class RolloutEngine:
                 self.machine,
                 self.vocab,
                 params,
+                self._judge_params,
                 ladder,
                 rows=rows,
                 dtype=self.dtype,
@@ -272,7 +276,8 @@ class _Work:
                     prompt_id[device, lane], sample_id[device, lane] = identity(self.prompts[prompt]), sample
                     self.slots.kv_length[device, lane] = len(self.prompts[prompt])
         if (row >= 0).any():
-            self._resize_for(max(self.slots.longest(), ready.prefilled.cache[0].k.shape[2]))
+            width = ready.prefilled.cache[0].k.shape[2]
+            self._resize_for(max(self.slots.longest(), width) + self.programs.judge_prefix)
             self.state = self.programs.insert(
                 self.state, ready.prefilled, row.ravel(), prompt_id.ravel(), sample_id.ravel()
             )
@@ -292,7 +297,7 @@ class _Work:
             self._pack(fewer)
             lanes = fewer
         if lanes * self.devices == ladder.packed[0]:
-            self._resize_for(self.slots.longest() + SEGMENT_STEPS)
+            self._resize_for(self.slots.longest() + SEGMENT_STEPS + self.programs.judge_prefix)
 
     def _resize_for(self, tokens: int) -> None:
         """Grows or shrinks the cache, a rung at a time, to the least capacity for `tokens`."""
@@ -460,33 +465,40 @@ def build_engine(
     min_p: float,
     max_response: int,
 ) -> RolloutEngine:
-    """The engine of a model: its token tables and the settings of a config's `rollout` part, in tokens."""
+    """The engine of a model: its token tables and the settings of a config's `rollout` part, in tokens.
+
+    Args:
+        described: the model but its weights.
+        config: the `rollout` part of a config.
+        mesh: with one axis, `data`.
+        dtype: of the compute.
+        truncate: False for plain sampling whatever `config.exit` says.
+        temperature: of the sampling, as are the next three.
+        top_k: 0 for no limit.
+        top_p: 1 for no limit.
+        min_p: 0 for no limit.
+        max_response: tokens of a completion.
+    """
     tokenizer = described.tokenizer
-
-    def encode(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer.encode(text, add_special_tokens=False))
-
+    policy, judge_params = build_policy(config, tokenizer, dtype) if truncate else Built(None, None)
     machine = Machine(
-        truncate=truncate,
+        policy=policy,
         max_response=max_response,
         think_budget=int(config.think_ratio * max_response),
         budget_margin=config.budget_margin,
         max_probes=config.max_probes,
-        max_probe_tokens=config.max_probe_tokens,
         max_repetitions=config.max_repetitions,
-        delta=config.delta,
-        strict=config.strict,
         temperature=temperature,
         top_p=top_p,
         think_end=think_end_id(tokenizer),
         eos=described.eos_ids,
-        inducing=encode(config.inducing_prompt),
-        closing=encode(CLOSING),
+        closing=encode(tokenizer, CLOSING),
         top_k=top_k,
         min_p=min_p,
     )
     texts = token_bytes(tokenizer, described.config.vocab_size)
-    vocab = build_vocabulary(texts, tuple(config.triggers))
+    delimiters = tuple(config.verifier.delimiters) if machine.judge else ()
+    vocab = build_vocabulary(texts, tuple(config.triggers), delimiters)
     return RolloutEngine(
         described.config,
         machine,
@@ -495,4 +507,5 @@ def build_engine(
         max_prompt=config.max_prompt_tokens,
         dtype=jnp.dtype(dtype),
         mesh=mesh,
+        judge_params=jax.device_put(judge_params, replicated(mesh)),
     )

@@ -4,16 +4,19 @@ Everything here is a pure function of one lane's scalars; `step_lanes` runs it o
 A step receives what the model says after the last token (`Observation`) and decides three things: which
 token is recorded in the completion (if any), which token is fed next, and where the cache stands.
 
-A probe feeds the inducing prompt and decodes greedily behind the text, without recording anything; when it
-ends, the lane's length in the cache is set back to where the probe began. What the probe wrote there lies
-beyond the length, is never read, and is written over. Randomness is folded from the position in the
-completion, which a probe does not advance, so a declined probe leaves no trace.
+A probe is a check of the exit policy (`policies`): it feeds a question behind the text and reads the answer,
+without recording anything; when it ends, the lane's length in the cache is set back to where it began. What
+it wrote there lies beyond the length, is never read, and is written over. Randomness is folded from the
+position in the completion, which a probe does not advance, so a declined probe leaves no trace.
 
 Whether a trigger stands is known only when what follows it is: "Wait" may go on as "Waiting". So its tokens
 are recorded like any others, and the sampled token that confirms it starts the probe as if it had never been
 written: the lane goes back to the place of the trigger's first token, and the confirming token is held. Where
 the probe is declined, PUT_BACK feeds the recorded tokens again, for the cache, and then records the held one.
 Where it is not, the answer is written over them.
+
+A check by a second model, a judge, begins at a delimiter, which is held until it ends and recorded whatever
+its outcome. Meanwhile the lane stands still: it feeds the delimiter again and again, in the same place.
 """
 
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from step_grpo.rollout.exits import probe_confidence
+from step_grpo.rollout.policies import Judge, Look, Policy
 from step_grpo.rollout.triggers import Found, Recent, Vocabulary, find_trigger, remember
 
 THINK, PROBE, ANSWER, DONE, PUT_BACK = range(5)
@@ -37,23 +40,42 @@ UNFINISHED, NATURAL, EARLY_EXIT, BUDGET, REPETITION, EOS, LENGTH = range(len(REA
 class Machine:
     """The static settings of a rollout, in tokens; hashable, so that a change is a new program."""
 
-    truncate: bool  # False: plain sampling, no probes, no budgets but the response's
+    policy: Policy | None  # None: plain sampling, no probes, no budgets but the response's
     max_response: int
     think_budget: int
     budget_margin: int
     max_probes: int
-    max_probe_tokens: int
     max_repetitions: int
-    delta: float
-    strict: bool
     temperature: float
     top_p: float
     think_end: int
     eos: tuple[int, ...]
-    inducing: tuple[int, ...]
     closing: tuple[int, ...]
     top_k: int = 0
     min_p: float = 0.0
+
+    @property
+    def truncate(self) -> bool:
+        """Whether there is anything but plain sampling."""
+        return self.policy is not None
+
+    @property
+    def judge(self) -> Judge | None:
+        """The second model that checks ask, if there is one."""
+        return self.policy.judge if self.policy else None
+
+    @property
+    def max_notes(self) -> int:
+        """What a check reads at most: `P`."""
+        return self.policy.max_notes if self.policy else 0
+
+    @property
+    def check_room(self) -> int:
+        """Tokens that a check needs in a cache besides prompt and response."""
+        if not self.policy:
+            return 0
+        prefix = len(self.policy.judge.prefix) if self.policy.judge else 0
+        return prefix + len(self.policy.question) + self.policy.max_notes
 
 
 class Lane(NamedTuple):
@@ -68,9 +90,10 @@ class Lane(NamedTuple):
     length: jax.Array  # tokens recorded in the completion
     queued: jax.Array  # tokens of the phase's forced text already fed or recorded
     probes: jax.Array  # finished probes
-    probe_length: jax.Array
+    probe_length: jax.Array  # distributions read
     probe_tokens: jax.Array  # steps spent in probes
-    held: jax.Array  # the token that confirmed the trigger which a probe holds back
+    last_probe: jax.Array  # where the last one began, a position in the completion
+    held: jax.Array  # the token that confirmed the trigger which a probe holds back, or the delimiter
     held_logprob: jax.Array
     pieces: jax.Array  # tokens recorded from the trigger's first on, which stand before the held one
     exit_logprob: jax.Array  # of the first closing token where the trigger began
@@ -78,6 +101,7 @@ class Lane(NamedTuple):
     repetitions: jax.Array
     chunks: jax.Array  # triggers seen
     text_state: jax.Array  # of the automaton that finds triggers, after the recorded text
+    delimiter_state: jax.Array  # of the one that finds delimiters
     chunk_start: jax.Array  # position in the completion
     chunk_hash: jax.Array  # sum over the distinct words of the chunk so far
     previous_hash: jax.Array  # of the chunk before
@@ -89,9 +113,9 @@ class Observation(NamedTuple):
 
     token: jax.Array  # sampled
     logprob: jax.Array  # of `token`, tempered
-    greedy: jax.Array  # most probable token
-    greedy_logprob: jax.Array  # its log-prob, untempered
+    look: Look  # of the exit policy, at the distribution of whom it asks
     closing_logprobs: jax.Array  # `[C]` of the closing tokens, tempered
+    is_delimiter: jax.Array  # `token` completes a delimiter
     is_trigger: jax.Array  # `token` shows that a trigger stands, in the text before it or in its own
     pieces: jax.Array  # tokens recorded since that trigger began
     exit_logprob: jax.Array  # of the first closing token where it began, tempered
@@ -110,9 +134,9 @@ class Emit(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """What one lane's probe has seen: `[P]` top-1 log-probs, and `[max_probes]` confidences."""
+    """What one lane's probe has noted, `[P]`, and the scores of those that ended, `[max_probes]`."""
 
-    top1_logprobs: jax.Array
+    notes: jax.Array
     confidences: jax.Array
 
 
@@ -123,7 +147,10 @@ def step_lanes(machine: Machine, lane: Lane, probed: Probed, seen: Observation) 
 
 def step_lane(machine: Machine, lane: Lane, probed: Probed, seen: Observation) -> tuple[Lane, Probed, Emit]:
     """One transition of one lane, `lane.kv_length` already counting the token just fed."""
-    phases = (think_and_watch if machine.truncate else think, probe, answer, done, put_back)
+    # Plain sampling never comes to PROBE; `done` keeps its place.
+    phases = (
+        (think_and_watch, probe, answer, done, put_back) if machine.truncate else (think, done, answer, done)
+    )
     branches = [partial(phase, machine) for phase in phases]
     return jax.lax.switch(lane.phase, branches, lane, probed, seen)
 
@@ -142,12 +169,11 @@ def think(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
 
 
 def think_and_watch(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
-    """THINK of the truncated rollout: a trigger starts a probe or counts as a repetition."""
+    """THINK of the truncated rollout: a probe where the policy wants one; a trigger counts repetitions."""
+    assert machine.policy
     same = (lane.chunks > 0) & (seen.finished_chunk_hash == lane.previous_hash)
     repetitions = lane.repetitions + (seen.is_trigger & same)
     repeating = seen.is_trigger & (repetitions >= machine.max_repetitions)
-    probing = seen.is_trigger & ~repeating & (lane.probes < machine.max_probes)
-
     at_trigger = lane._replace(
         repetitions=repetitions,
         chunks=lane.chunks + 1,
@@ -155,20 +181,13 @@ def think_and_watch(machine: Machine, lane: Lane, probed: Probed, seen: Observat
     )
     lane = select(seen.is_trigger, at_trigger, lane)
     before = lane._replace(length=lane.length - seen.pieces, kv_length=lane.kv_length - seen.pieces)
+    since_last = before.length - lane.last_probe
+    probing = machine.policy.may_check(seen.is_trigger, seen.is_delimiter, since_last)
+    probing &= ~repeating & (lane.probes < machine.max_probes)
     exit_here, exit_emit = begin_answer(
         machine, before, jnp.int32(REPETITION), seen.exit_logprob, before.kv_length
     )
-    probe_here = before._replace(
-        phase=jnp.int32(PROBE),
-        token_in=jnp.int32(machine.inducing[0]),
-        queued=jnp.int32(1),
-        probe_length=jnp.int32(0),
-        held=seen.token,
-        held_logprob=seen.logprob,
-        pieces=seen.pieces,
-        exit_logprob=seen.exit_logprob,
-        resume=before.kv_length,
-    )
+    probe_here = begin_probe(machine, lane, before, seen)
     go_on, emit = record_thought(machine, lane, sampled_emit(seen))
     return (
         select(repeating, exit_here, select(probing, probe_here, go_on)),
@@ -189,41 +208,93 @@ def record_thought(machine: Machine, lane: Lane, emit: Emit) -> tuple[Lane, Emit
     return lane, emit
 
 
+def begin_probe(machine: Machine, lane: Lane, before: Lane, seen: Observation) -> Lane:
+    """Into PROBE: behind the text `before` the trigger, which is held with all that follows it.
+
+    A judge reads the sampled delimiter first, which stays where it is.
+    """
+    assert machine.policy
+    question = jnp.int32(machine.policy.question[0])
+    start, token_in, queued, pieces, exit_logprob = before, question, 1, seen.pieces, seen.exit_logprob
+    if machine.judge:
+        start, token_in, queued = lane, seen.token, 0
+        pieces, exit_logprob = jnp.int32(0), seen.closing_logprobs[0]
+    return start._replace(
+        phase=jnp.int32(PROBE),
+        token_in=token_in,
+        queued=jnp.int32(queued),
+        probe_length=jnp.int32(0),
+        last_probe=start.length,
+        held=seen.token,
+        held_logprob=seen.logprob,
+        pieces=pieces,
+        exit_logprob=exit_logprob,
+        resume=start.kv_length,
+    )
+
+
 def probe(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
-    """PROBE: feed the inducing prompt, then the greedy answer; at its end exit, or put the trigger back."""
+    """PROBE: feed the question, then read the answer; at its end exit, or begin to put back what is held."""
+    assert machine.policy
     lane = lane._replace(probe_tokens=lane.probe_tokens + 1)
-    inducing = lane.queued < len(machine.inducing)
-    induce = lane._replace(
-        token_in=jnp.array(machine.inducing)[jnp.minimum(lane.queued, len(machine.inducing) - 1)],
-        queued=lane.queued + 1,
-    )
-    top1_logprobs = probed.top1_logprobs.at[lane.probe_length].set(seen.greedy_logprob)
+    question = machine.policy.question
+    asking = lane.queued < len(question)
+    asked = jnp.array(question)[jnp.minimum(lane.queued, len(question) - 1)]
+    notes = probed.notes.at[lane.probe_length].set(seen.look.note)
     length = lane.probe_length + 1
-    closed = seen.greedy == machine.think_end
-    ended = closed | is_eos(machine, seen.greedy) | (length >= machine.max_probe_tokens)
-    decoding = lane._replace(token_in=seen.greedy, probe_length=length)
-
-    confidence = probe_confidence(top1_logprobs, length, closed, strict=machine.strict)
-    near_budget = lane.length >= machine.think_budget - machine.budget_margin
-    reason = first_reason((confidence > machine.delta, EARLY_EXIT), (near_budget, BUDGET))
-    counted = lane._replace(probes=lane.probes + 1)
-    exited, exit_emit = begin_answer(machine, counted, reason, lane.exit_logprob, lane.resume)
-    declined, put_back_emit = put_back_next(
-        machine, counted._replace(kv_length=lane.resume), seen.recorded, lane.exit_logprob
+    closed = seen.look.token == machine.think_end
+    reading = machine.policy.read(notes, length, closed, closed | is_eos(machine, seen.look.token))
+    go_on = lane._replace(
+        token_in=jnp.where(asking, asked, seen.look.token),
+        queued=lane.queued + asking,
+        probe_length=jnp.where(asking, lane.probe_length, length),
     )
-    nothing = put_back_emit._replace(valid=jnp.bool_(False))
+    if machine.judge:  # who is fed by `judge_input`
+        go_on = go_on._replace(token_in=lane.held, kv_length=lane.resume)
 
-    exits = reason != UNFINISHED
-    after = select(inducing, induce, select(~ended, decoding, select(exits, exited, declined)))
-    emit = select(inducing | ~ended, nothing, select(exits, exit_emit, put_back_emit))
-    finished = ~inducing & ended
+    near_budget = lane.length >= machine.think_budget - machine.budget_margin
+    passes = machine.policy.passes(reading.score)
+    reason = first_reason((passes, EARLY_EXIT), (near_budget, BUDGET))
+    counted = lane._replace(probes=lane.probes + 1, kv_length=lane.resume)
+    end_probe = exit_aside if machine.judge else exit_behind
+    exited, exit_emit = end_probe(machine, counted, reason)
+    declined, put_back_emit = put_back_next(machine, counted, seen.recorded, lane.exit_logprob)
+
+    finished, exits = ~asking & reading.ended, reason != UNFINISHED
+    after = select(finished, select(exits, exited, declined), go_on)
+    emit = select(exits, exit_emit, put_back_emit)
     probed = Probed(
-        top1_logprobs=jnp.where(inducing, probed.top1_logprobs, top1_logprobs),
+        notes=jnp.where(asking, probed.notes, notes),
         confidences=jnp.where(
-            finished, probed.confidences.at[lane.probes].set(confidence), probed.confidences
+            finished, probed.confidences.at[lane.probes].set(reading.score), probed.confidences
         ),
     )
-    return after, probed, emit
+    return after, probed, emit._replace(valid=emit.valid & finished)
+
+
+def judge_input(machine: Machine, lane: Lane) -> tuple[jax.Array, jax.Array]:
+    """The token that a judge is fed beside the lane's own, `[B]`, and its place in the judge's cache.
+
+    It is the lane's own, behind the judge's prefix; during a check, once the delimiter is fed, the question.
+    The judge's length follows from the lane's, so that a check that ends leaves nothing to be undone.
+    """
+    assert machine.policy and machine.judge
+    asked = jnp.where(lane.phase == PROBE, lane.queued, 0)
+    question = jnp.array((0, *machine.policy.question))[asked]
+    token = jnp.where(asked > 0, question, lane.token_in)
+    return token, len(machine.judge.prefix) + lane.kv_length + asked
+
+
+def exit_behind(machine: Machine, lane: Lane, reason: jax.Array) -> tuple[Lane, Emit]:
+    """Out of a check into ANSWER, in place of the held trigger."""
+    return begin_answer(machine, lane, reason, lane.exit_logprob, lane.kv_length)
+
+
+def exit_aside(machine: Machine, lane: Lane, reason: jax.Array) -> tuple[Lane, Emit]:
+    """Out of a judge's check into ANSWER: the held delimiter is recorded, the closing text follows."""
+    lane = leave_thinking(machine, lane, reason, queued=0)
+    emit = Emit(jnp.bool_(True), lane.held, lane.held_logprob, jnp.bool_(False), lane.exit_logprob)
+    return lane._replace(token_in=lane.held, length=lane.length + 1), emit
 
 
 def put_back(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
@@ -373,6 +444,12 @@ def read_text(
     )
     recent = remember(recent, jnp.where(emit.valid, vocab.size[token], 0), here)
     return open_chunk(lane, opens_after, start + 1), words_BR, recent
+
+
+def read_delimiters(lane: Lane, vocab: Vocabulary, emit: Emit) -> Lane:
+    """Updates the automaton that finds delimiters by one recorded token, leaves `[B]`."""
+    after = vocab.delimiters.next_state[lane.delimiter_state, vocab.delimiters.token_class[emit.token]]
+    return lane._replace(delimiter_state=jnp.where(emit.valid, after, lane.delimiter_state))
 
 
 def open_chunk(lane: Lane, opens_B: jax.Array, start_B: jax.Array) -> Lane:

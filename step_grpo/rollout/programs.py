@@ -97,6 +97,7 @@ class Programs:
         machine: Machine,
         vocab: Vocabulary,
         params: qwen.Params,
+        judge_params: qwen.Params | None,
         ladder: Ladder,
         *,
         rows: int,
@@ -109,7 +110,8 @@ class Programs:
             cfg: architecture.
             machine: settings of the rollout.
             vocab: token tables.
-            params: `qwen.decode_params`, or their shapes with shardings.
+            params: `qwen.decode_params`, on every device.
+            judge_params: of the second model that checks ask, on every device.
             ladder: shapes.
             rows: prompts that a device prefills at a time.
             dtype: of the cache.
@@ -117,12 +119,17 @@ class Programs:
         """
         self.ladder, self.rows, self._mesh, self._vocab = ladder, rows, mesh, vocab
         self._here, self._everywhere = over_data(mesh), replicated(mesh)
-        self._cfg, self._machine = cfg, machine
+        self._cfg, self._machine, self._judge_params = cfg, machine, judge_params
         self._make_state = partial(decode.empty_state, cfg, machine, dtype=dtype, reach=reach(vocab.triggers))
         with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
             planned = self._plan(params)
             made = pool.map(lambda lowered: lowered().compile(), planned.values())
             self._programs = dict(zip(planned, made, strict=True))
+
+    @property
+    def judge_prefix(self) -> int:
+        """Tokens that the second model reads before the prompt."""
+        return len(self._machine.judge.prefix) if self._machine.judge else 0
 
     # ------------------------------------------------------------------ what the engine calls
 
@@ -132,7 +139,7 @@ class Programs:
 
     def prefill(self, params, tokens, lengths) -> Prefilled:
         """Prompts `[devices * rows, width]`, each device's own behind one another."""
-        return self._programs["prefill", tokens.shape[1]](params, tokens, lengths)
+        return self._programs["prefill", tokens.shape[1]](params, self._judge_params, tokens, lengths)
 
     def insert(self, state: RolloutState, prefilled: Prefilled, row, prompt_id, sample_id) -> RolloutState:
         """Starts completions in lanes; `row` counts the device's own prompts."""
@@ -142,7 +149,7 @@ class Programs:
     def segment(self, params, run_key, state: RolloutState, max_steps, stop_live):
         """Advances all lanes; `stop_live` is `[devices]`."""
         program = self._programs["segment", shape_of(state)]
-        return program(params, self._vocab, run_key, state, max_steps, stop_live)
+        return program(params, self._vocab, run_key, state, max_steps, stop_live, self._judge_params)
 
     def resize(self, state: RolloutState, capacity: int) -> RolloutState:
         """Gives every lane's cache room for `capacity` tokens, a neighbour of the present one."""
@@ -157,7 +164,7 @@ class Programs:
     def _plan(self, params: qwen.Params) -> dict[Hashable, Callable[[], Any]]:
         """Every program by its key, each ready to be lowered."""
         n = self._mesh.size
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+        judge_params = self._judge_params
         local, all_ = PartitionSpec("data"), PartitionSpec()
         cfg, machine = self._cfg, self._machine
         count = self._abstract((), jnp.int32, self._everywhere)
@@ -171,17 +178,20 @@ class Programs:
             prompts = self._abstract((n * self.rows, width), jnp.int32)
             lengths = self._abstract((n * self.rows,), jnp.int32)
             plan["prefill", width] = self._lower(
-                partial(decode.prefill, cfg), (params, prompts, lengths), (all_, local, local), local
+                partial(decode.prefill, cfg, machine.judge),
+                (params, judge_params, prompts, lengths),
+                (all_, all_, local, local),
+                local,
             )
         segment = partial(decode.decode_segment, cfg, machine)
         for shape in self.ladder.shapes:
             state = self._state(shape)
-            arguments = (params, self._vocab, key, state, count, per_device)
-            specs = (all_, all_, all_, local, all_, local)
+            arguments = (params, self._vocab, key, state, count, per_device, judge_params)
+            specs = (all_, all_, all_, local, all_, local, all_)
             plan["segment", shape] = self._lower(segment, arguments, specs, local, donate=3)
         for shape in self.ladder.shapes[: len(self.ladder.capacities)]:
             for width in self.ladder.widths:
-                if width <= shape.capacity:
+                if width + self.judge_prefix <= shape.capacity:
                     plan["insert", shape, width] = self._plan_insert(shape, self._prefilled(params, width))
         plan |= self._plan_resizes() | self._plan_packings()
         return plan
@@ -215,7 +225,9 @@ class Programs:
         sharded = jax.shard_map(
             function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
-        return lambda: jax.jit(sharded, donate_argnums=donate).lower(*arguments)
+        # Said of outputs too: an array of size 0 would else lose its sharding, and its next reader refuse it.
+        program = jax.jit(sharded, donate_argnums=donate, out_shardings=self._here)
+        return lambda: program.lower(*arguments)
 
     def _abstract(self, shape, dtype, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self._here)
@@ -227,7 +239,8 @@ class Programs:
     def _prefilled(self, params: qwen.Params, width: int) -> Prefilled:
         rows = self._mesh.size * self.rows
         tokens, lengths = self._abstract((rows, width), jnp.int32), self._abstract((rows,), jnp.int32)
-        made = jax.eval_shape(partial(decode.prefill, self._cfg), params, tokens, lengths)
+        prefill = partial(decode.prefill, self._cfg, self._machine.judge)
+        made = jax.eval_shape(prefill, params, self._judge_params, tokens, lengths)
         return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), made)
 
 

@@ -46,6 +46,7 @@ class Vocabulary(NamedTuple):
     """
 
     triggers: TriggerTable
+    delimiters: TriggerTable  # a token confirms a delimiter that it completes
     size: jax.Array  # bytes
     has_space: jax.Array
     prefix_hash: jax.Array
@@ -133,17 +134,25 @@ def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
     return [added.get(i, texts[i]) for i in range(known)] + [b""] * (size - known)
 
 
-def build_vocabulary(texts: list[bytes], triggers: tuple[str, ...]) -> Vocabulary:
+def build_vocabulary(
+    texts: list[bytes], triggers: tuple[str, ...], delimiters: tuple[str, ...] = ()
+) -> Vocabulary:
     """Makes the tables of a vocabulary.
 
+    Args:
+        texts: `token_bytes`.
+        triggers: words that open a step.
+        delimiters: texts at which a second model judges the thinking, whatever stands around them.
+
     Raises:
-        UserError: no string of tokens holds a trigger, so that no probe could ever start; or a trigger
-            stands inside another one.
+        UserError: no string of tokens holds a trigger or a delimiter, so that no probe could ever start; or
+            a trigger stands inside another one.
     """
     pieces = [text.split(b" ") for text in texts]
     inside = [sorted(set(p[1:-1])) for p in pieces]
     return Vocabulary(
         triggers=build_triggers(texts, triggers),
+        delimiters=build_delimiters(texts, delimiters),
         size=jnp.asarray([len(text) for text in texts], jnp.int32),
         has_space=jnp.asarray([len(p) > 1 for p in pieces]),
         prefix_hash=jnp.asarray(np.array([_hash(p[0]) for p in pieces], np.uint32)),
@@ -155,18 +164,45 @@ def build_vocabulary(texts: list[bytes], triggers: tuple[str, ...]) -> Vocabular
 
 
 def build_triggers(texts: list[bytes], triggers: tuple[str, ...]) -> TriggerTable:
-    """Composes the automaton of `triggers` along the bytes of every token.
+    """The automaton that finds triggers where they stand alone.
 
     Raises:
         UserError: as `build_vocabulary`.
     """
-    steps = _compose(*_byte_automaton(triggers), texts)  # [S, V] each
+    return _table("triggers", triggers, _byte_automaton(triggers), texts)
+
+
+def build_delimiters(texts: list[bytes], delimiters: tuple[str, ...]) -> TriggerTable:
+    """The automaton that finds delimiters, whatever stands around them; without any, it finds none.
+
+    Raises:
+        UserError: as `build_vocabulary`.
+    """
+    return _table("verifier.delimiters", delimiters, _delimiter_automaton(delimiters), texts)
+
+
+def _table(
+    field: str, words: tuple[str, ...], automaton: tuple[np.ndarray, np.ndarray], texts: list[bytes]
+) -> TriggerTable:
+    """Composes an automaton over bytes along the bytes of every token.
+
+    Args:
+        field: of `config.rollout` that holds the words.
+        words: what the automaton finds.
+        automaton: `[S, 256]` the state after each byte, and the bytes from the beginning of the word that
+            this byte shows to be there to the byte itself, 0 where there is none.
+        texts: `token_bytes`.
+
+    Raises:
+        UserError: there are words, but no string of tokens holds one.
+    """
+    steps = _compose(*automaton, texts)  # [S, V] each
     columns = np.ascontiguousarray(np.concatenate(steps).T)  # [V, 4 S]
     rows = columns.view(np.dtype((np.void, columns.itemsize * columns.shape[1])))[:, 0]
     _, first, token_class = np.unique(rows, return_index=True, return_inverse=True)
     next_state, confirms, bytes_back, ends_before = (step[:, first] for step in steps)
-    if not confirms[_reachable(next_state)].any():
-        raise UserError(f"config.rollout.triggers: no tokens of the tokenizer make up any of {triggers!r}")
+    if words and not confirms[_reachable(next_state)].any():
+        raise UserError(f"config.rollout.{field}: no tokens of the tokenizer make up any of {words!r}")
     return TriggerTable(
         token_class=jnp.asarray(token_class, jnp.int32),
         next_state=jnp.asarray(next_state, jnp.int32),
@@ -225,6 +261,22 @@ def _byte_automaton(triggers: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         next_state.append([states[steps[byte][0]] for byte in like])
         length.append([len(steps[byte][1]) for byte in like])
     return np.array(next_state, np.int16), np.array(length, np.int16)
+
+
+def _delimiter_automaton(delimiters: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Finds each delimiter at its last byte, anew behind the one before: as `_byte_automaton`, `[S, 256]`."""
+    words = [word.encode() for word in delimiters]
+    starts = sorted({word[:n] for word in words for n in range(1, len(word))}, key=len)
+    states = {b"": 0, **{start: n for n, start in enumerate(starts, 1)}}
+    next_state, length = np.zeros((2, len(states), 256), np.int16)
+    for start, state in states.items():
+        for byte in range(256):
+            text = start + bytes([byte])
+            found = max((len(word) for word in words if text.endswith(word)), default=0)
+            tails = [text[n:] for n in range(len(text) + 1)] if not found else [b""]
+            next_state[state, byte] = next(states[tail] for tail in tails if tail in states)
+            length[state, byte] = found
+    return next_state, length
 
 
 def _nested(found: bytes, scan: _Scan, words: list[bytes]) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from step_grpo.rollout import engine as engine_module
 from step_grpo.rollout import programs
 from step_grpo.rollout.engine import RolloutEngine, identity, lanes_that_fit
 from step_grpo.rollout.phases import Machine
+from step_grpo.rollout.policies import Confidence, Judge, Sufficiency, Verifier
 from step_grpo.rollout.triggers import build_vocabulary
 
 TEXTS = [
@@ -53,13 +54,23 @@ CFG = qwen.QwenConfig(
     vocab_size=len(TEXTS), width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e4,
     rms_eps=1e-6, tied=False, qk_norm=True, qkv_bias=False, init_std=0.35,
 )  # fmt: skip
+# Another architecture, with another width, reads along as the verifier.
+JUDGE_CFG = qwen.QwenConfig(
+    vocab_size=len(TEXTS), width=24, layers=1, heads=2, kv_heads=1, head_dim=12, ffn=32, rope_theta=1e4,
+    rms_eps=1e-6, tied=True, qk_norm=False, qkv_bias=True, init_std=0.5,
+)  # fmt: skip
+PROBE = Confidence(question=(11, 12), max_notes=5, delta=0.3, strict=False, early_abort=False)
+SUFFICIENCY = Sufficiency(question=(11, 9, 12), yes=(7, 8), no=(9, 3, 4), threshold=60, min_gap=4)
+VERIFIER = Verifier(
+    question=(12, 13), yes=(9, 7), no=(8, 3, 4), threshold=0.6, judge=Judge(JUDGE_CFG, prefix=(9, 11, 7))
+)
 MACHINE = Machine(
-    truncate=True, max_response=72, think_budget=60, budget_margin=8, max_probes=4, max_probe_tokens=5,
-    max_repetitions=2, delta=0.3, strict=False, temperature=1.0, top_p=1.0, think_end=2, eos=(0, 1),
-    inducing=(11, 12), closing=(11, 2, 11),
+    policy=PROBE, max_response=72, think_budget=60, budget_margin=8, max_probes=4, max_repetitions=2,
+    temperature=1.0, top_p=1.0, think_end=2, eos=(0, 1), closing=(11, 2, 11),
 )  # fmt: skip
 TEXTS_OF = {False: TEXTS, True: SPLIT_TEXTS}
 TRIGGERS = ("Wait", "Hold on")
+DELIMITERS = ("bc", "\n", "it", " aW")  # in pieces, alone, in and around a trigger
 PROMPTS = [(7, 9, 11), (8,), (9, 9, 7, 13, 12), (10, 11)]
 KEY = jax.random.key(3)
 
@@ -70,6 +81,11 @@ def make_params():
     params = qwen.init_params(CFG, 1)
     scale = jnp.ones(CFG.vocab_size).at[jnp.array([0, 1, 2])].set(0.2)
     return {**params, "head_DV": params["head_DV"] * scale}
+
+
+@functools.cache
+def make_judge():
+    return qwen.init_params(JUDGE_CFG, 2)
 
 
 @pytest.fixture
@@ -83,8 +99,11 @@ def run_named(name, split=False):
 
 
 def make_engine(machine, lanes, mesh, split=False):
-    vocab = build_vocabulary(TEXTS_OF[split], TRIGGERS)
-    return RolloutEngine(CFG, machine, vocab, lanes=lanes, max_prompt=8, dtype=jnp.float32, mesh=mesh)
+    vocab = build_vocabulary(TEXTS_OF[split], TRIGGERS, DELIMITERS)
+    judge = VERIFIER.judge_params(make_judge(), jnp.float32) if machine.judge else None
+    return RolloutEngine(
+        CFG, machine, vocab, lanes=lanes, max_prompt=8, dtype=jnp.float32, mesh=mesh, judge_params=judge
+    )
 
 
 def run(params, machine, lanes=4, prompts=PROMPTS, samples=3, split=False):
@@ -94,11 +113,24 @@ def run(params, machine, lanes=4, prompts=PROMPTS, samples=3, split=False):
 
 MACHINES = {
     "truncated": MACHINE,
-    "strict": dataclasses.replace(MACHINE, strict=True, delta=0.05, max_probe_tokens=8),
-    "tempered": dataclasses.replace(MACHINE, temperature=0.7, top_k=10, top_p=0.9, min_p=0.01),
-    "repetitive": dataclasses.replace(MACHINE, delta=1.0, max_repetitions=1, max_probes=2),
-    "plain": dataclasses.replace(MACHINE, truncate=False),
-    "greedy": dataclasses.replace(MACHINE, truncate=False, temperature=0.0),
+    "strict": dataclasses.replace(
+        MACHINE, policy=dataclasses.replace(PROBE, strict=True, delta=0.05, max_notes=8)
+    ),
+    "tempered": dataclasses.replace(
+        MACHINE,
+        policy=dataclasses.replace(PROBE, delta=0.6),
+        temperature=0.7,
+        top_k=10,
+        top_p=0.9,
+        min_p=0.01,
+    ),
+    "repetitive": dataclasses.replace(
+        MACHINE, policy=dataclasses.replace(PROBE, delta=1.0), max_repetitions=1, max_probes=2
+    ),
+    "sufficiency": dataclasses.replace(MACHINE, policy=SUFFICIENCY),
+    "verifier": dataclasses.replace(MACHINE, policy=VERIFIER),
+    "plain": dataclasses.replace(MACHINE, policy=None),
+    "greedy": dataclasses.replace(MACHINE, policy=None, temperature=0.0),
 }
 
 
@@ -107,7 +139,10 @@ MACHINES = {
 def test_engine_equals_brute_force_loop(params, name, split):
     if split and not MACHINES[name].truncate:
         pytest.skip("plain sampling reads no text")
-    reference = BruteForce(params, CFG, MACHINES[name], TEXTS_OF[split], TRIGGERS, longest=96)
+    machine = MACHINES[name]
+    reference = BruteForce(
+        params, CFG, machine, TEXTS_OF[split], TRIGGERS, longest=96, judge=make_judge(), delimiters=DELIMITERS
+    )
     for c in run_named(name, split):
         prompt = PROMPTS[c.prompt]
         tokens, logprobs, forced, reason, confidences = reference(prompt, KEY, identity(prompt), c.sample)
@@ -134,9 +169,21 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("lanes", [1, 3, 16])
-def test_lanes_and_refill_change_nothing(params, lanes):
-    assert same(run_named("truncated"), run(params, MACHINE, lanes=lanes))
+@pytest.mark.parametrize("name", ["sufficiency", "verifier"])
+def test_policies_both_pass_and_decline(name):
+    runs = [c for split in (False, True) for c in run_named(name, split)]
+    scores = np.concatenate([c.confidences for c in runs])
+    passes = MACHINES[name].policy.passes(scores)
+    assert np.sum(passes) > 3 and np.sum(~passes) > 10
+    assert np.all((scores >= 0) & (scores <= 1))
+    assert np.sum(passes) == sum(c.reason == "early_exit" for c in runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "lanes"), [("truncated", 1), ("truncated", 3), ("truncated", 16), ("verifier", 3)]
+)
+def test_lanes_and_refill_change_nothing(params, name, lanes):
+    assert same(run_named(name), run(params, MACHINES[name], lanes=lanes))
 
 
 def test_order_and_company_of_prompts_change_nothing(params):
@@ -146,17 +193,45 @@ def test_order_and_company_of_prompts_change_nothing(params):
     assert same(here, [there[c.prompt, c.sample] for c in here])
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
-def test_declined_probe_leaves_tokens_and_randomness_unchanged(params, split):
-    """Probes that can never pass, in a machine without other exits, give plain sampling."""
+NEVER = {
+    "confidence": dataclasses.replace(PROBE, delta=1.0),
+    "sufficiency": dataclasses.replace(SUFFICIENCY, threshold=101),
+    "verifier": dataclasses.replace(VERIFIER, threshold=1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("confidence", False), ("confidence", True), ("sufficiency", True), ("verifier", True)],
+)
+def test_declined_probe_leaves_tokens_and_randomness_unchanged(params, name, split):
+    """Checks that can never pass, in a machine without other exits, give plain sampling."""
     never = dataclasses.replace(
-        MACHINE, delta=1.0, think_budget=10**6, budget_margin=0, max_repetitions=10**6, max_probes=50
+        MACHINE,
+        policy=NEVER[name],
+        think_budget=10**6,
+        budget_margin=0,
+        max_repetitions=10**6,
+        max_probes=50,
     )
     probed, plain = run(params, never, split=split), run_named("plain")
     assert sum(len(c.confidences) for c in probed) > 30
     assert all(a.tokens.tolist() == b.tokens.tolist() for a, b in zip(probed, plain, strict=True))
     for a, b in zip(probed, plain, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "saves"), [("truncated", False), ("tempered", True), ("repetitive", True)])
+def test_early_abort_of_probes_changes_nothing_but_their_cost(params, name, saves):
+    full = run_named(name)
+    policy = dataclasses.replace(MACHINES[name].policy, early_abort=True)
+    early, delta = run(params, dataclasses.replace(MACHINES[name], policy=policy)), policy.delta
+    assert same(full, early)
+    for a, b in zip(full, early, strict=True):
+        assert a.forced.tolist() == b.forced.tolist()
+        assert (a.confidences > delta).tolist() == (b.confidences > delta).tolist()
+        assert b.probe_tokens <= a.probe_tokens
+    assert saves == (sum(c.probe_tokens for c in early) < sum(c.probe_tokens for c in full))
 
 
 def test_prompt_too_long_is_refused(params):
