@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from step_grpo.model import qwen
+from step_grpo.model.attention import XLA, Attention
 from step_grpo.model.cache import Cache, copy_lanes, empty_cache
 from step_grpo.rollout import phases
 from step_grpo.rollout.phases import DONE, THINK, Lane, Machine, Observation, Probed
@@ -78,6 +79,8 @@ def refill(
     row: jax.Array,
     prompt_id: jax.Array,
     sample_id: jax.Array,
+    *,
+    attention: Attention = XLA,
 ) -> RolloutState:
     """Prefills each prompt once and starts a completion of it in every lane that asks for it.
 
@@ -90,8 +93,9 @@ def refill(
         row: `[B]` prompt that a lane takes, -1 for a lane that goes on undisturbed.
         prompt_id: `[B]` identity of that prompt, for randomness.
         sample_id: `[B]` number of the completion within its group.
+        attention: the implementation.
     """
-    cache = copy_lanes(state.cache, qwen.prefill(params, cfg, prompts, lengths), row)
+    cache = copy_lanes(state.cache, qwen.prefill(params, cfg, prompts, attention), row)
     at = jnp.maximum(row, 0)
     last_token = prompts[at, lengths[at] - 1]
     fresh = fresh_lanes(prompt_id, sample_id, lengths[at], last_token)
@@ -107,6 +111,8 @@ def decode_segment(
     state: RolloutState,
     max_steps: jax.Array,
     stop_live: jax.Array,
+    *,
+    attention: Attention = XLA,
 ) -> tuple[RolloutState, jax.Array]:
     """Advances all lanes by up to `max_steps` tokens, until at most `stop_live` lanes are not DONE.
 
@@ -120,7 +126,7 @@ def decode_segment(
 
     def advance(carry):
         step, state = carry
-        return step + 1, decode_step(cfg, machine, params, vocab, run_key, state)
+        return step + 1, decode_step(cfg, machine, params, vocab, run_key, state, attention)
 
     steps, state = jax.lax.while_loop(go_on, advance, (jnp.int32(0), state))
     return state, steps[None]
@@ -133,10 +139,11 @@ def decode_step(
     vocab: Vocabulary,
     run_key: jax.Array,
     state: RolloutState,
+    attention: Attention = XLA,
 ) -> RolloutState:
     """One token for every lane."""
     lane = state.lane
-    logits_BV, cache = qwen.decode(params, cfg, lane.token_in, state.cache, lane.kv_length)
+    logits_BV, cache = qwen.decode(params, cfg, lane.token_in, state.cache, lane.kv_length, attention)
     keys = jax.vmap(sample_key, (None, 0, 0, 0))(run_key, lane.prompt_id, lane.sample_id, lane.length)
     seen = observe(machine, vocab, lane, state.words, logits_BV, keys)
     start = lane.length

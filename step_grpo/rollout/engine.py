@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from step_grpo.data.prompts import think_end_id
 from step_grpo.mesh import replicated
 from step_grpo.model import qwen
+from step_grpo.model.attention import XLA, Attention
 from step_grpo.model.load import Description
 from step_grpo.rollout import decode
 from step_grpo.rollout.phases import DONE, REASONS, Machine
@@ -69,6 +70,7 @@ class RolloutEngine:
         max_prompt: int,
         dtype: Any,
         mesh: Mesh,
+        attention: Attention = XLA,
     ):
         """Prepares the programs; they compile when first used.
 
@@ -78,8 +80,9 @@ class RolloutEngine:
             vocab: token tables.
             lanes: completions made at a time, over all devices; a multiple of their number.
             max_prompt: tokens of the longest prompt.
-            dtype: of the cache.
+            dtype: of the cache; int8 is quantised.
             mesh: with one axis, `data`.
+            attention: the implementation.
         """
         self.machine, self.vocab, self.lanes, self.max_prompt, self.mesh = (
             machine,
@@ -99,10 +102,13 @@ class RolloutEngine:
         empty = partial(decode.empty_state, cfg, machine, lanes // mesh.size, self.capacity, dtype)
         self._empty = program(empty, (), local)
         self._refill = program(
-            partial(decode.refill, cfg), (all_, local, all_, all_, local, local, local), local, donate=1
+            partial(decode.refill, cfg, attention=attention),
+            (all_, local, all_, all_, local, local, local),
+            local,
+            donate=1,
         )
         self._segment = program(
-            partial(decode.decode_segment, cfg, machine),
+            partial(decode.decode_segment, cfg, machine, attention=attention),
             (all_, all_, all_, local, all_, all_),
             (local, local),
             donate=3,
@@ -246,6 +252,7 @@ def build_engine(
     temperature: float,
     top_p: float,
     max_response: int,
+    attention: Attention = XLA,
 ) -> RolloutEngine:
     """The engine of a model: its token tables and the settings of a config's `rollout` part, in tokens."""
     tokenizer = described.tokenizer
@@ -278,6 +285,7 @@ def build_engine(
         jax.device_put(vocab, replicated(mesh)),
         lanes=config.lanes,
         max_prompt=config.max_prompt_tokens,
-        dtype=jnp.dtype(dtype),
+        dtype=jnp.dtype(config.cache_dtype or dtype),
         mesh=mesh,
+        attention=attention,
     )
