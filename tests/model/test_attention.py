@@ -388,7 +388,8 @@ class Devices:
 CHOICES = {
     ("auto", "cpu"): "xla", ("auto", "tpu"): "pallas", ("auto", "gpu"): "cudnn", ("auto", "new"): "xla",
     ("xla", "cpu"): "xla", ("xla", "tpu"): "xla", ("xla", "gpu"): "xla", ("xla", "new"): "xla",
-    ("pallas", "cpu"): "pallas", ("pallas", "tpu"): "pallas", ("pallas", "gpu"): None, ("pallas", "new"): None,
+    ("pallas", "cpu"): "pallas", ("pallas", "tpu"): "pallas",
+    ("pallas", "gpu"): None, ("pallas", "new"): None,
     ("cudnn", "cpu"): None, ("cudnn", "tpu"): None, ("cudnn", "gpu"): "cudnn", ("cudnn", "new"): None,
 }  # fmt: skip
 
