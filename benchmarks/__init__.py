@@ -1,1 +1,1 @@
-"""Benchmarks, each a command that prints a table and, as its last line, one JSON object."""
+"""Benchmarks, each a command whose last line is one JSON object."""

@@ -56,7 +56,9 @@ class Task:
     capacity: int
     prompt: int
     row_length: int
-    cache_dtype: str
+    cache_dtype: str = ""
+    layers: int = 0  # 0: the model's own number
+    attention: str = "auto"
 
 
 def missing_libtpu() -> str:
@@ -130,6 +132,7 @@ def build(task: Task, mesh):
     from step_grpo.rollout import decode  # noqa: PLC0415
 
     cfg = qwen.QwenConfig(**SHAPES[task.shape])
+    cfg = dataclasses.replace(cfg, layers=task.layers or cfg.layers)
     everywhere, spread = PartitionSpec(), PartitionSpec("data")
 
     def placed(tree, spec):
@@ -141,7 +144,7 @@ def build(task: Task, mesh):
         return jax.jit(sharded, donate_argnums=donate)
 
     if task.program == "attention":
-        attention = choose_attention("auto", mesh, spread_rows=True)
+        attention = choose_attention(task.attention, mesh, spread_rows=True)
 
         def loss(q, k, v, segments):
             return jnp.sum(full_attention(attention, q, k, v, segments).astype(jnp.float32))
@@ -153,7 +156,7 @@ def build(task: Task, mesh):
         arguments = placed((q, k, k, jax.ShapeDtypeStruct(row, jnp.int32)), spread)
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))), arguments, ()
 
-    attention = choose_attention("auto", mesh)
+    attention = choose_attention(task.attention, mesh)
     machine = truncated_machine(task)
     params = jax.eval_shape(lambda p: qwen.decode_params(p, jnp.bfloat16), qwen.abstract_params(cfg))
     dtype = jnp.dtype(task.cache_dtype or "bfloat16")
@@ -225,6 +228,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt, padded")
     parser.add_argument("--row_length", type=int, default=18432, help="tokens of a training row")
     parser.add_argument("--cache_dtype", default="", choices=("", "int8"))
+    parser.add_argument("--layers", type=int, default=0, help="0: the model's own number")
+    parser.add_argument("--attention", default="auto", choices=("auto", "xla"), help="xla shows the copies")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -241,8 +246,9 @@ def main() -> None:
     for shape in args.shape or ["qwen3_0p6b"]:
         for topology in args.topology or TOPOLOGIES:
             for program in args.program or PROGRAMS:
-                sizes = (args.lanes, args.capacity, args.prompt, args.row_length, args.cache_dtype)
-                result = compile_task(Task(topology, shape, program, *sizes))
+                sizes = (args.lanes, args.capacity, args.prompt, args.row_length)
+                kind = (args.cache_dtype, args.layers, args.attention)
+                result = compile_task(Task(topology, shape, program, *sizes, *kind))
                 results.append({"shape": shape, "topology": topology, "program": program, **result})
                 cells = "".join(f"{result.get(name, '')!s:>17}" for name in columns)
                 print(f"{shape:12}{topology:14}{program:11}{cells}  {result.get('error', '')}", flush=True)
