@@ -57,6 +57,7 @@ def base_config() -> ConfigDict:
         "tokenizer": "",  # folder or Hub name; empty: the checkpoint's own
         "architecture": {},  # fields of a HF config.json, for random weights only
         "dtype": "bfloat16",  # of the compute; master weights are float32
+        "attention": "auto",  # by platform; or `xla`, `pallas` (TPU), `cudnn` (GPU)
     }
     # The original upload holds each question a hundred times, wrapped in an instruction of its own that
     # asks for another answer format; this copy holds the bare questions, once.
@@ -66,6 +67,7 @@ def base_config() -> ConfigDict:
     rollout = {
         "samples": 5,  # G, completions a prompt
         "lanes": 0,  # completions in hand at a time; 0: as many as the devices' free memory holds
+        "cache_dtype": "",  # the model's; or `int8`: half the memory, keys and values rounded
         "max_prompt_tokens": 2048,
         "max_response_tokens": 16384,
         "temperature": 1.0,
@@ -307,6 +309,7 @@ def _check_run(config: ConfigDict) -> None:
 def _check_model(model: ConfigDict) -> None:
     where = "config.model"
     _choice(model, where, "dtype", ("bfloat16", "float32"))
+    _choice(model, where, "attention", ("auto", "xla", "pallas", "cudnn"))
     random = len(model.architecture) > 0
     if bool(model.checkpoint) == random:
         both = "are both set" if random else "are both empty"
@@ -342,6 +345,7 @@ def _check_rollout(rollout: ConfigDict) -> None:
     _share(rollout, where, "top_p", "think_ratio")
     _fraction(rollout, where, "delta", "min_p")
     _choice(rollout, where, "exit", ("confidence", "sufficiency", "verifier", "none"))
+    _choice(rollout, where, "cache_dtype", ("", "int8"))
     # The first token of a tentative answer is not counted, so one alone could never be confident.
     _at_least(2, rollout, where, "max_probe_tokens")
     words = rollout.triggers

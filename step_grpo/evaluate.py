@@ -23,6 +23,7 @@ from step_grpo.data.sources import load_questions
 from step_grpo.errors import UserError
 from step_grpo.mesh import make_mesh, replicated, use_all_cores
 from step_grpo.model import qwen
+from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description
 from step_grpo.report import evaluation_table, progress_bar
 from step_grpo.reward.grading import Grader
@@ -90,6 +91,7 @@ def evaluation_engine(described: Description, config: ConfigDict, mesh: Mesh) ->
         top_p=config.eval.top_p,
         min_p=config.eval.min_p,
         max_response=config.eval.max_response_tokens,
+        attention=choose_attention(config.model.attention, mesh),
     )
 
 

@@ -39,6 +39,7 @@ from step_grpo.grpo.update import Measurements, TrainBatch, TrainState, Update, 
 from step_grpo.mesh import make_mesh, over_data, replicated, use_all_cores
 from step_grpo.metrics import MetricsWriter, read_metrics
 from step_grpo.model import qwen
+from step_grpo.model.attention import XLA, Attention, choose_attention
 from step_grpo.model.load import Description, load_model, save_description
 from step_grpo.report import evaluation_table, progress_bar
 from step_grpo.reward import rewards
@@ -62,7 +63,8 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
     described, params = load_model(config.model, config.seed)
     reference = jax.device_put(params, replicated(mesh))
     optimizer = optimizer_of(config.grpo)
-    update = build_update(described.config, config, optimizer)
+    spread = choose_attention(config.model.attention, mesh, spread_rows=True)
+    update = build_update(described.config, config, optimizer, spread)
     # The update donates its state, and the reference must outlive it: a copy.
     state = update.init(jax.tree.map(jnp.copy, reference))
     progress, state = checkpoint.restore(workdir, state, config)
@@ -84,6 +86,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
         top_p=config.rollout.top_p,
         min_p=config.rollout.min_p,
         max_response=config.rollout.max_response_tokens,
+        attention=choose_attention(config.model.attention, mesh),
     )
     plain = evaluation_engine(described, config, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -253,7 +256,9 @@ def optimizer_of(config: ConfigDict) -> Any:
     )
 
 
-def build_update(cfg: qwen.QwenConfig, config: ConfigDict, optimizer: Any) -> Update:
+def build_update(
+    cfg: qwen.QwenConfig, config: ConfigDict, optimizer: Any, attention: Attention = XLA
+) -> Update:
     """The jitted functions of the update for a model."""
     dtype = jnp.dtype(config.model.dtype)
     settings = GrpoSettings(
@@ -266,7 +271,7 @@ def build_update(cfg: qwen.QwenConfig, config: ConfigDict, optimizer: Any) -> Up
     )
     return make_update(
         lambda params, tokens, positions, segments: qwen.forward(
-            params, cfg, tokens, positions, segments, dtype
+            params, cfg, tokens, positions, segments, dtype, attention
         ),
         lambda params: params["embed_VD"] if cfg.tied else params["head_DV"],
         settings,

@@ -27,6 +27,7 @@ from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.mesh import make_mesh, over_data, replicated, use_all_cores
 from step_grpo.metrics import MetricsWriter
 from step_grpo.model import qwen
+from step_grpo.model.attention import XLA, Attention, choose_attention
 from step_grpo.model.load import random_model, save_description
 from step_grpo.report import progress_bar
 
@@ -41,8 +42,10 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/sft")) -> None:
     tokenizer = build_tokenizer()
     described, params = random_model(config.architecture.to_dict(), tokenizer, config.seed)
     optimizer = make_optimizer(config)
-    step_fn = jax.jit(partial(train_step, described.config, config.dtype, optimizer), donate_argnums=(0, 1))
     devices = make_mesh(config.rows)
+    attention = choose_attention("auto", devices, spread_rows=True)
+    on_batch = partial(train_step, described.config, config.dtype, optimizer, attention=attention)
+    step_fn = jax.jit(on_batch, donate_argnums=(0, 1))
     params = jax.device_put(params, replicated(devices))
     opt_state = jax.jit(optimizer.init)(params)
     batches = corpus_batches(config, tokenizer)
@@ -89,11 +92,13 @@ def train_step(
     params: qwen.Params,
     opt_state: optax.OptState,
     batch: PackedBatch,
+    attention: Attention = XLA,
 ) -> tuple[qwen.Params, optax.OptState, jax.Array]:
     """One step on the mean cross-entropy of the completion tokens of a packed batch."""
 
     def loss_fn(params):
-        hidden = qwen.forward(params, cfg, batch.tokens, batch.positions, batch.segment_ids, jnp.dtype(dtype))
+        tokens = batch.tokens, batch.positions, batch.segment_ids
+        hidden = qwen.forward(params, cfg, *tokens, jnp.dtype(dtype), attention)
         logprobs = token_logprobs(hidden, qwen.head(params), batch.targets).logprobs
         return -jnp.sum(logprobs * batch.mask) / jnp.maximum(jnp.sum(batch.mask), 1)
 

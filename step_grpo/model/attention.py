@@ -1,20 +1,264 @@
-"""Grouped-query attention behind one function."""
+"""Grouped-query attention behind two functions, by the platform of the devices that run the program.
+
+`full_attention` is for whole sequences (prefill and training), `decode_attention` for one token a lane
+against a cache. A frozen `Attention` says which implementation a program is built with. Nothing here asks
+what the host has: a program for a TPU is lowered on any machine by asking for it.
+"""
+
+import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import Mesh, PartitionSpec
+
+from step_grpo.errors import UserError
+from step_grpo.model.cache import LayerCache, stored, write_token
+from step_grpo.model.tpu_kernels import ragged_decode_attention, write_token_in_place
+
+SETTINGS = ("auto", "xla", "pallas", "cudnn")
+SPLASH_BLOCKS = (512, 256, 128)  # positions of queries and of keys handled at a time
 
 
-def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Which implementation a program uses; hashable, so that a change is a new program.
+
+    Attributes:
+        kind: `xla` runs everywhere; `pallas` are kernels for TPU; `cudnn` is for NVIDIA GPUs.
+        interpret: the Pallas kernels run on any platform, slowly.
+        rows_over: the mesh over whose `data` axis the compiler spreads the rows of whole sequences. None
+            where each device runs a program of its own, as in `shard_map`.
+    """
+
+    kind: Literal["xla", "pallas", "cudnn"] = "xla"
+    interpret: bool = False
+    rows_over: Mesh | None = None
+
+
+XLA = Attention()
+
+
+def choose_attention(setting: str, mesh: Mesh, *, spread_rows: bool = False) -> Attention:
+    """The implementation for the devices of a mesh.
+
+    Args:
+        setting: `config.model.attention`.
+        mesh: of the devices that will run the program; they may be those of a topology that is not here.
+        spread_rows: the program is one for all devices, its rows spread by the compiler.
+
+    Raises:
+        UserError: the devices cannot run what the setting names.
+    """
+    platform = mesh.devices.flat[0].platform
+    kind = {"tpu": "pallas", "gpu": "cudnn"}.get(platform, "xla") if setting == "auto" else setting
+    runs_on = {"xla": (platform,), "pallas": ("tpu", "cpu"), "cudnn": ("gpu",)}[kind]
+    if platform not in runs_on:
+        raise UserError(
+            f"config.model.attention is {setting!r}, which does not run on the platform {platform!r}; "
+            "it must be 'auto' or 'xla'"
+        )
+    interpret = kind == "pallas" and platform == "cpu"
+    return Attention(kind, interpret, mesh if spread_rows else None)
+
+
+def cudnn_applies(q_BTNH: jax.Array, *, masked: bool) -> bool:
+    """Whether cuDNN's fused attention takes queries of this type and shape, on any GPU that has it.
+
+    Args:
+        q_BTNH: queries; the keys are of the same type.
+        masked: with a mask beside the causal one, which cuDNN takes as a bias.
+    """
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+    return half and H % 8 == 0 and H <= 128 and not (masked and T % 2)
+
+
+# ---------------------------------------------------------------- whole sequences
+
+
+def full_attention(
+    attention: Attention,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention of sequences to themselves; a query always sees its own key.
+
+    Args:
+        attention: the implementation.
+        q_BTNH: queries.
+        k_BTKH: keys; `N` is a multiple of `K`.
+        v_BTKH: values.
+        segments_BT: ids of the sequences packed into a row; a query sees keys of its own id alone. None: each
+            row is one sequence.
+
+    Returns:
+        `[B, T, N, H]` in the dtype of the queries.
+    """
+    implementation = {"xla": _full_xla, "pallas": _full_splash, "cudnn": _full_cudnn}[attention.kind]
+    mesh = attention.rows_over
+    if attention.kind == "xla" or mesh is None or mesh.size == 1:
+        return implementation(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    rows = PartitionSpec("data")  # the compiler cannot take a kernel apart
+
+    def of_a_device(q, k, v, segments):
+        return implementation(attention, q, k, v, segments)
+
+    program = jax.shard_map(of_a_device, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows, check_vma=False)
+    return program(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def _same_segment(segments_BT: jax.Array) -> jax.Array:
+    return segments_BT[:, :, None] == segments_BT[:, None, :]
+
+
+def _full_xla(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT):
+    T = q_BTNH.shape[1]
+    mask_BTS = jnp.tril(jnp.ones((T, T), bool))[None]
+    if segments_BT is not None:
+        mask_BTS &= _same_segment(segments_BT)
+    return attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), mask_BTS)
+
+
+def _full_cudnn(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT):
+    masked = segments_BT is not None
+    if not cudnn_applies(q_BTNH, masked=masked):
+        return _full_xla(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    mask_B1TS = _same_segment(segments_BT)[:, None] if masked else None
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TS, is_causal=True, implementation="cudnn"
+    )
+
+
+def _full_splash(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT):
+    B, T, N, H = q_BTNH.shape
+    block = splash_block(T)
+    padding = -T % block
+
+    def padded(x):
+        return jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
+
+    # Padding sees padding: splash attention has no answer for a query that sees nothing.
+    segments_BT = padded(jnp.ones((B, T), jnp.int32) if segments_BT is None else segments_BT)
+    q_BTNH = q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)
+    q, k, v = (padded(x).swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.CausalMask((T + padding, T + padding))] * N),
+        block_sizes=_splash_block_sizes(block),
+        interpret=attention.interpret,
+    )
+    out_BNTH = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids)))(
+        q, k, v, segments_BT
+    )
+    return out_BNTH[:, :, :T].swapaxes(1, 2)
+
+
+def splash_block(length: int) -> int:
+    """The block that pads a sequence the least; of several, the largest."""
+    return min(SPLASH_BLOCKS, key=lambda block: (-length % block, -block))
+
+
+def _splash_block_sizes(block: int) -> splash.BlockSizes:
+    return splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+
+
+# ---------------------------------------------------------------- one token a lane
+
+
+def decode_attention(
+    attention: Attention,
+    q_BNH: jax.Array,
+    k_BKH: jax.Array,
+    v_BKH: jax.Array,
+    cache: LayerCache,
+    length_B: jax.Array,
+) -> tuple[jax.Array, LayerCache]:
+    """Writes one token a lane behind the `length_B` tokens of its cache, and attends to all of them.
+
+    Args:
+        attention: the implementation.
+        q_BNH: the token's queries.
+        k_BKH: its keys.
+        v_BKH: its values.
+        cache: of the layer, quantised or not.
+        length_B: tokens in the cache. A token that it has no room for is dropped.
+
+    Returns:
+        `[B, N, H]` in the dtype of the queries, and the cache.
+    """
+    if attention.kind == "pallas":
+        return _decode_pallas(attention, q_BNH, k_BKH, v_BKH, cache, length_B)
+    cache = write_token(cache, k_BKH, v_BKH, length_B)
+    if attention.kind == "cudnn" and cache.k_scale is None and cudnn_applies(q_BNH[:, None], masked=False):
+        return _decode_cudnn(q_BNH, cache, length_B + 1), cache
+    mask_B1S = (jnp.arange(cache.k.shape[2]) <= length_B[:, None])[:, None]
+    return attend(q_BNH[:, None], *cache[:2], mask_B1S, *cache[2:])[:, 0], cache
+
+
+def _decode_pallas(attention, q_BNH, k_BKH, v_BKH, cache, length_B):
+    token = stored(LayerCache(k_BKH, v_BKH), cache.k.dtype)
+    leaves = [leaf for leaf in cache if leaf is not None]
+    new = [leaf for leaf in token if leaf is not None]
+    cache = LayerCache(
+        *write_token_in_place(tuple(leaves), tuple(new), length_B, interpret=attention.interpret)
+    )
+    q_BNH = q_BNH * jnp.asarray(q_BNH.shape[-1] ** -0.5, q_BNH.dtype)
+    out = ragged_decode_attention(
+        q_BNH, cache.k, cache.v, length_B + 1, cache.k_scale, cache.v_scale, interpret=attention.interpret
+    )
+    return out, cache
+
+
+def _decode_cudnn(q_BNH: jax.Array, cache: LayerCache, length_B: jax.Array) -> jax.Array:
+    """The heads of keys go to the batch, and the query heads that share one become its `T`.
+
+    So the cache keeps its layout, where `[B, S, K, H]` would be a copy of it.
+    """
+    B, N, H = q_BNH.shape
+    K, S = cache.k.shape[1:3]
+    k, v = (x.reshape(B * K, S, 1, H) for x in cache[:2])
+    length = jnp.repeat(jnp.minimum(length_B, S), K).astype(jnp.int32)
+    out = jax.nn.dot_product_attention(
+        q_BNH.reshape(B * K, N // K, 1, H), k, v, key_value_seq_lengths=length, implementation="cudnn"
+    )
+    return out.reshape(B, N, H)
+
+
+# ---------------------------------------------------------------- XLA
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    mask_BTS: jax.Array,
+    k_scale_BKS: jax.Array | None = None,
+    v_scale_BKS: jax.Array | None = None,
+) -> jax.Array:
     """Softmax attention of `N` query heads over `K` key/value heads, `N` a multiple of `K`.
 
-    Scores and softmax are float32 whatever the dtype of the inputs. A query that may see no key
-    (padding) returns the mean of the values, a finite number that nothing reads.
+    Scores and softmax are float32 whatever the dtype of the inputs. A query that may see no key returns the
+    mean of the values, a finite number that nothing reads.
 
     Args:
         q_BTNH: queries.
         k_BKSH: keys, heads before positions as the cache stores them.
         v_BKSH: values, likewise.
         mask_BTS: True where query `t` may see key `s`.
+        k_scale_BKS: factors of int8 keys; None where keys and values are not quantised.
+        v_scale_BKS: factors of int8 values, likewise.
 
     Returns:
         `[B, T, N, H]` in the dtype of the queries.
@@ -22,7 +266,12 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: ja
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
     scores = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32)
+    if k_scale_BKS is not None:
+        scores *= k_scale_BKS[:, :, None, None]
     scores = jnp.where(mask_BTS[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH).reshape(B, T, N, H)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if v_scale_BKS is not None:
+        weights *= v_scale_BKS[:, :, None, None]
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights.astype(v_BKSH.dtype), v_BKSH).reshape(B, T, N, H)

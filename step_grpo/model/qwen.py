@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from step_grpo.errors import UserError
-from step_grpo.model.attention import attend
-from step_grpo.model.cache import Cache, LayerCache, write_token
+from step_grpo.model.attention import XLA, Attention, decode_attention, full_attention
+from step_grpo.model.cache import Cache, LayerCache
 
 Params = dict[str, Any]
 
@@ -197,40 +197,38 @@ def forward(
     positions_BT: jax.Array,
     segments_BT: jax.Array,
     dtype,
+    attention: Attention = XLA,
 ) -> jax.Array:
     """Hidden states after the final norm, `[B, T, D]`, of packed rows.
 
     A token sees the tokens before it that carry its own segment id; id 0 is padding. Layers are scanned
     and recomputed in the backward pass.
     """
-    T = tokens_BT.shape[1]
-    causal = jnp.tril(jnp.ones((T, T), bool))
-    mask_BTS = causal & (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT > 0)[:, None, :]
     rope = rope_table(positions_BT, cfg)
 
-    def full_attention(q_BTNH, k_BTKH, v_BTKH):
-        return attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), mask_BTS), None
+    def within_segments(q_BTNH, k_BTKH, v_BTKH):
+        return full_attention(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT), None
 
     @jax.checkpoint
     def body(x_BTD, weights):
         weights = jax.tree.map(lambda w: w.astype(dtype), weights)
-        return layer(cfg, weights, x_BTD, rope, full_attention)
+        return layer(cfg, weights, x_BTD, rope, within_segments)
 
     x_BTD = params["embed_VD"][tokens_BT].astype(dtype)
     x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"])
     return rms_norm(x_BTD, params["final_norm_D"].astype(dtype), cfg.rms_eps)
 
 
-def prefill(params: Params, cfg: QwenConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> Cache:
-    """Runs prompts of `lengths_B` tokens, padded on the right to `T`: a cache `[B, K, T, H]` a layer."""
-    B, T = tokens_BT.shape
-    at_T = jnp.arange(T)
-    mask_BTS = (at_T[:, None] >= at_T[None, :]) & (at_T < lengths_B[:, None])[:, None, :]
-    rope = rope_table(jnp.broadcast_to(at_T, (B, T)), cfg)
+def prefill(params: Params, cfg: QwenConfig, tokens_BT: jax.Array, attention: Attention = XLA) -> Cache:
+    """Runs prompts, padded on the right to `T`: a cache `[B, K, T, H]` a layer.
+
+    No token sees what is behind it, so that the padding needs no mask; what the cache holds there is garbage.
+    """
+    rope = rope_table(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape), cfg)
 
     def keep(q_BTNH, k_BTKH, v_BTKH):
         kv = LayerCache(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
-        return attend(q_BTNH, kv.k, kv.v, mask_BTS), kv
+        return full_attention(attention, q_BTNH, k_BTKH, v_BTKH), kv
 
     x_BTD = params["embed_VD"][tokens_BT]
     cache = []
@@ -241,15 +239,18 @@ def prefill(params: Params, cfg: QwenConfig, tokens_BT: jax.Array, lengths_B: ja
 
 
 def decode(
-    params: Params, cfg: QwenConfig, tokens_B: jax.Array, cache: Cache, length_B: jax.Array
+    params: Params,
+    cfg: QwenConfig,
+    tokens_B: jax.Array,
+    cache: Cache,
+    length_B: jax.Array,
+    attention: Attention = XLA,
 ) -> tuple[jax.Array, Cache]:
     """Runs one token a lane behind the `length_B` tokens that its cache holds.
 
     Returns:
         Logits `[B, V]` in float32, and the cache with the token written at position `length_B`.
     """
-    S = cache[0].k.shape[2]
-    mask_B1S = (jnp.arange(S) <= length_B[:, None])[:, None]
     rope = rope_table(length_B[:, None], cfg)
 
     x_B1D = params["embed_VD"][tokens_B][:, None]
@@ -257,8 +258,9 @@ def decode(
     for weights, held in zip(params["layers"], cache, strict=True):
 
         def append(q_B1NH, k_B1KH, v_B1KH, held=held):
-            kv = write_token(held, k_B1KH[:, 0], v_B1KH[:, 0], length_B)
-            return attend(q_B1NH, kv.k, kv.v, mask_B1S), kv
+            token = q_B1NH[:, 0], k_B1KH[:, 0], v_B1KH[:, 0]
+            out_BNH, kv = decode_attention(attention, *token, held, length_B)
+            return out_BNH[:, None], kv
 
         x_B1D, kv = layer(cfg, weights, x_B1D, rope, append)
         new_cache.append(kv)

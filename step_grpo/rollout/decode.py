@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from step_grpo.model import qwen
+from step_grpo.model.attention import XLA, Attention
 from step_grpo.model.cache import Cache, copy_lanes, empty_cache, with_capacity
 from step_grpo.rollout import phases
 from step_grpo.rollout.phases import DONE, THINK, Lane, Machine, Observation, Probed
@@ -118,6 +119,8 @@ def prefill(
     judge_params: qwen.Params | None,
     prompts: jax.Array,
     lengths: jax.Array,
+    *,
+    attention: Attention = XLA,
 ) -> Prefilled:
     """Runs prompts through the model, and behind a prefix of its own through the judge, if there is one.
 
@@ -128,14 +131,15 @@ def prefill(
         judge_params: of the second model.
         prompts: `[Q, T]` prompts, padded on the right.
         lengths: `[Q]` tokens in each prompt.
+        attention: the implementation.
     """
     judge_cache: Cache = ()
     if judge and judge_params is not None:
         prefix = jnp.broadcast_to(jnp.array(judge.prefix, jnp.int32), (len(prompts), len(judge.prefix)))
         prefixed = jnp.concatenate([prefix, prompts], axis=1)
-        judge_cache = qwen.prefill(judge_params, judge.config, prefixed, lengths + len(judge.prefix))
+        judge_cache = qwen.prefill(judge_params, judge.config, prefixed, attention)
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
-    return Prefilled(qwen.prefill(params, cfg, prompts, lengths), judge_cache, lengths, last)
+    return Prefilled(qwen.prefill(params, cfg, prompts, attention), judge_cache, lengths, last)
 
 
 def insert(
@@ -180,6 +184,8 @@ def decode_segment(
     max_steps: jax.Array,
     stop_live: jax.Array,
     judge_params: qwen.Params | None = None,
+    *,
+    attention: Attention = XLA,
 ) -> tuple[RolloutState, Taken]:
     """Advances all lanes by up to `max_steps` tokens, until at most `stop_live` `[1]` of them are not DONE.
 
@@ -196,7 +202,7 @@ def decode_segment(
     def advance(carry):
         taken, state = carry
         taken = Taken(taken.steps + 1, taken.live_steps + live(state))
-        return taken, decode_step(cfg, machine, params, vocab, run_key, state, judge_params)
+        return taken, decode_step(cfg, machine, params, vocab, run_key, state, judge_params, attention)
 
     taken, state = jax.lax.while_loop(go_on, advance, (Taken(jnp.int32(0), jnp.int32(0)), state))
     return state, Taken(taken.steps[None], taken.live_steps[None])
@@ -210,14 +216,17 @@ def decode_step(
     run_key: jax.Array,
     state: RolloutState,
     judge_params: qwen.Params | None = None,
+    attention: Attention = XLA,
 ) -> RolloutState:
     """One token for every lane."""
     lane = state.lane
-    logits_BV, cache = qwen.decode(params, cfg, lane.token_in, state.cache, lane.kv_length)
+    logits_BV, cache = qwen.decode(params, cfg, lane.token_in, state.cache, lane.kv_length, attention)
     asked_BV, judge_cache = logits_BV, state.judge_cache
     if machine.judge and judge_params is not None:
         token, length = phases.judge_input(machine, lane)
-        asked_BV, judge_cache = qwen.decode(judge_params, machine.judge.config, token, judge_cache, length)
+        asked_BV, judge_cache = qwen.decode(
+            judge_params, machine.judge.config, token, judge_cache, length, attention
+        )
     keys = jax.vmap(sample_key, (None, 0, 0, 0))(run_key, lane.prompt_id, lane.sample_id, lane.length)
     seen, chunk_hash = observe(machine, vocab, state, logits_BV, asked_BV, keys)
     lane = lane._replace(kv_length=lane.kv_length + 1)

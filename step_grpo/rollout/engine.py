@@ -17,6 +17,7 @@ from step_grpo.data.prompts import think_end_id
 from step_grpo.errors import UserError
 from step_grpo.mesh import replicated
 from step_grpo.model import qwen
+from step_grpo.model.attention import XLA, Attention
 from step_grpo.model.load import Description
 from step_grpo.rollout import decode
 from step_grpo.rollout.phases import DONE, REASONS, Machine
@@ -107,6 +108,7 @@ class RolloutEngine:
         dtype: Any,
         mesh: Mesh,
         judge_params: qwen.Params | None = None,
+        attention: Attention = XLA,
     ):
         """Remembers the settings; the programs are compiled at the first call.
 
@@ -117,13 +119,14 @@ class RolloutEngine:
             lanes: completions made at a time, over all devices, a multiple of their number; 0 for as many
                 as the devices' free memory holds at the first call.
             max_prompt: tokens of the longest prompt.
-            dtype: of the cache.
+            dtype: of the cache; int8 is quantised.
             mesh: with one axis, `data`.
             judge_params: of the second model that the machine's exit policy asks, on every device.
+            attention: the implementation.
         """
         self.cfg, self.machine, self.vocab = cfg, machine, vocab
         self.lanes, self.max_prompt, self.dtype, self.mesh = lanes, max_prompt, dtype, mesh
-        self._judge_params = judge_params
+        self._judge_params, self._attention = judge_params, attention
         self._programs: Programs | None = None
 
     @property
@@ -152,6 +155,7 @@ class RolloutEngine:
                 rows=rows,
                 dtype=self.dtype,
                 mesh=self.mesh,
+                attention=self._attention,
             )
         return self._programs
 
@@ -464,6 +468,7 @@ def build_engine(
     top_p: float,
     min_p: float,
     max_response: int,
+    attention: Attention = XLA,
 ) -> RolloutEngine:
     """The engine of a model: its token tables and the settings of a config's `rollout` part, in tokens.
 
@@ -478,6 +483,7 @@ def build_engine(
         top_p: 1 for no limit.
         min_p: 0 for no limit.
         max_response: tokens of a completion.
+        attention: the implementation.
     """
     tokenizer = described.tokenizer
     policy, judge_params = build_policy(config, tokenizer, dtype) if truncate else Built(None, None)
@@ -505,7 +511,8 @@ def build_engine(
         jax.device_put(vocab, replicated(mesh)),
         lanes=config.lanes,
         max_prompt=config.max_prompt_tokens,
-        dtype=jnp.dtype(dtype),
+        dtype=jnp.dtype(config.cache_dtype or dtype),
         mesh=mesh,
         judge_params=jax.device_put(judge_params, replicated(mesh)),
+        attention=attention,
     )

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from step_grpo.mesh import over_data, replicated
 from step_grpo.model import qwen
+from step_grpo.model.attention import Attention
 from step_grpo.rollout import decode
 from step_grpo.rollout.decode import Prefilled, RolloutState
 from step_grpo.rollout.phases import Machine
@@ -103,6 +104,7 @@ class Programs:
         rows: int,
         dtype: Any,
         mesh: Mesh,
+        attention: Attention,
     ):
         """Compiles everything, side by side on the host's cores.
 
@@ -116,10 +118,12 @@ class Programs:
             rows: prompts that a device prefills at a time.
             dtype: of the cache.
             mesh: with one axis, `data`.
+            attention: the implementation.
         """
         self.ladder, self.rows, self._mesh, self._vocab = ladder, rows, mesh, vocab
         self._here, self._everywhere = over_data(mesh), replicated(mesh)
         self._cfg, self._machine, self._judge_params = cfg, machine, judge_params
+        self._attention = attention
         self._make_state = partial(decode.empty_state, cfg, machine, dtype=dtype, reach=reach(vocab.triggers))
         with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
             planned = self._plan(params)
@@ -178,12 +182,12 @@ class Programs:
             prompts = self._abstract((n * self.rows, width), jnp.int32)
             lengths = self._abstract((n * self.rows,), jnp.int32)
             plan["prefill", width] = self._lower(
-                partial(decode.prefill, cfg, machine.judge),
+                partial(decode.prefill, cfg, machine.judge, attention=self._attention),
                 (params, judge_params, prompts, lengths),
                 (all_, all_, local, local),
                 local,
             )
-        segment = partial(decode.decode_segment, cfg, machine)
+        segment = partial(decode.decode_segment, cfg, machine, attention=self._attention)
         for shape in self.ladder.shapes:
             state = self._state(shape)
             arguments = (params, self._vocab, key, state, count, per_device, judge_params)
@@ -239,7 +243,7 @@ class Programs:
     def _prefilled(self, params: qwen.Params, width: int) -> Prefilled:
         rows = self._mesh.size * self.rows
         tokens, lengths = self._abstract((rows, width), jnp.int32), self._abstract((rows,), jnp.int32)
-        prefill = partial(decode.prefill, self._cfg, self._machine.judge)
+        prefill = partial(decode.prefill, self._cfg, self._machine.judge, attention=self._attention)
         made = jax.eval_shape(prefill, params, self._judge_params, tokens, lengths)
         return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), made)
 

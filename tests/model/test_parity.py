@@ -130,7 +130,7 @@ def test_prefill_and_decode_equal_teacher_forcing(checkpoint_of, family):
     expected = transformers_logits(checkpoint_of(family), tokens)[lane_row]
 
     flat = decode_params(params, jnp.float32)
-    prompts = jax.jit(prefill, static_argnames="cfg")(flat, cfg, tokens[:, : lengths.max()], lengths)
+    prompts = jax.jit(prefill, static_argnames="cfg")(flat, cfg, tokens[:, : lengths.max()])
     cache = empty_cache(cfg.layers, len(lane_row), cfg.kv_heads, capacity, cfg.head_dim, jnp.float32)
     cache = jax.jit(copy_lanes)(cache, prompts, lane_row)
     advance = jax.jit(decode, static_argnames="cfg")

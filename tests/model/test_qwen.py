@@ -87,7 +87,7 @@ def test_token_behind_the_capacity_is_dropped_not_written_over_the_last():
     (cache, *_) = random_cache(2, rows=3, length=4)
     token = jnp.full((3, 2, 6), 7.0)
     after = write_token(cache, token, token, jnp.array([0, 4, 3]))
-    for before, now in zip(cache, after, strict=True):
+    for before, now in zip(cache[:2], after[:2], strict=True):
         expected = np.array(before)
         expected[0, :, 0] = expected[2, :, 3] = 7
         assert np.array_equal(now, expected)

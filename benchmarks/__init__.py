@@ -1,0 +1,1 @@
+"""Benchmarks, each a command whose last line is one JSON object."""
