@@ -26,7 +26,7 @@ def get_config():
     config.rollout.budget_margin = 16
 
     config.grpo.prompts_per_update = 24
-    config.grpo.learning_rate = 1e-4
+    config.grpo.learning_rate = 2e-4
     config.grpo.row_length = 320
     config.grpo.rows = 16
 

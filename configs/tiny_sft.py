@@ -10,7 +10,7 @@ from step_grpo.config import sft_config
 
 def get_config():
     config = sft_config()
-    config.steps = 1500
+    config.steps = 2000
     config.rows = 16
     config.row_length = 320
     config.learning_rate = 2e-3

@@ -88,13 +88,23 @@ def restore(workdir: Path, state: TrainState, config: ConfigDict) -> tuple[Progr
     return Progress(run["step"], run["cursor"]), TrainState(optimizer["step"], params, optimizer["state"])
 
 
+FREE_FIELDS = (
+    "steps",
+    "save_every",
+    "keep_checkpoints",
+    "rollout.lanes",
+    "reward.grading_workers",
+)
+"""What may differ when a run goes on: how long it is, what it keeps, how it is spread over the machine."""
+
+
 def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    """Refuses to go on with a run under other settings; only its length may change.
+    """Refuses to go on with a run under other settings; only those may change that alter no result.
 
     Raises:
         UserError: naming the first field that differs, and both values.
     """
-    free = {"config.steps", "config.save_every", "config.keep_checkpoints"}
+    free = {f"config.{field}" for field in FREE_FIELDS}
     before, now = dict(_leaves(saved, "config")), dict(_leaves(wanted, "config"))
     for field in sorted({*before, *now} - free):
         if before.get(field) != now.get(field):

@@ -66,15 +66,38 @@ def base_config() -> ConfigDict:
     )
     rollout = {
         "samples": 5,  # G, completions a prompt
-        "lanes": 64,
+        "lanes": 0,  # completions in hand at a time; 0: as many as the devices' free memory holds
         "cache_dtype": "",  # the model's; or `int8`: half the memory, keys and values rounded
         "max_prompt_tokens": 2048,
         "max_response_tokens": 16384,
         "temperature": 1.0,
+        "top_k": 0,  # most probable tokens that may be drawn; 0: all
         "top_p": 1.0,
-        "exit": "confidence",  # or `none`: plain sampling
+        "min_p": 0.0,  # least probability, as a share of the largest one; 0: any
+        # What ends the thinking: `confidence` in a tentative answer, `sufficiency` as the model itself sees
+        # it, a `verifier`, or `none` of them: plain sampling.
+        "exit": "confidence",
         "delta": 0.95,
         "strict": True,
+        # End a probe once it cannot exit any more. Decisions stay the same; the confidences of such probes
+        # are those of the answer so far, not above delta.
+        "early_abort": True,
+        "sufficiency": {
+            "threshold": 100.0,  # of the score, 0 to 100
+            "min_gap": 64,  # tokens between two checks
+            "question": "\n\nIs the reasoning so far sufficient to derive the correct final answer? "
+            "Answer (Yes or No):",
+        },
+        "verifier": {
+            "checkpoint": "",  # folder, Hub name, or `builtin:tiny`, with the model's vocabulary
+            "threshold": 0.5,  # of the probability of yes against no
+            "delimiters": ("\n\n",),
+            "prefix": "",  # what the verifier reads before the prompt
+            "question": "\n\nIs the reasoning so far sufficient to derive the correct final answer? "
+            "Answer (Yes or No):",
+        },
+        "yes_words": ("yes", "Yes", "YES", " yes", " Yes", " YES"),
+        "no_words": ("no", "No", "NO", " no", " No", " NO"),
         "triggers": ("Wait",),
         "inducing_prompt": "\n**Final Answer**\n\\boxed",
         "think_ratio": 0.9,
@@ -113,7 +136,9 @@ def base_config() -> ConfigDict:
         "data": data_config(name="HuggingFaceH4/MATH-500", split="test"),
         "questions": 500,  # the first so many of the split; 0: all
         "temperature": 0.6,
+        "top_k": 0,
         "top_p": 0.95,
+        "min_p": 0.0,
         "max_response_tokens": 16384,
     }
     groups = {"model": model, "data": data, "rollout": rollout, "reward": reward, "grpo": grpo}
@@ -313,12 +338,13 @@ def _check_data(data: ConfigDict, where: str) -> None:
 def _check_rollout(rollout: ConfigDict) -> None:
     where = "config.rollout"
     _require(rollout.samples >= 2, f"{where}.samples", rollout.samples, "at least 2, to compare in a group")
-    _at_least(1, rollout, where, "lanes", "max_prompt_tokens", "max_response_tokens", "max_repetitions")
-    _at_least(0, rollout, where, "max_probes", "budget_margin")
+    _at_least(1, rollout, where, "max_prompt_tokens", "max_response_tokens", "max_repetitions")
+    _at_least(0, rollout, where, "lanes", "max_probes", "budget_margin")
     _positive(rollout, where, "temperature")
+    _at_least(0, rollout, where, "top_k")
     _share(rollout, where, "top_p", "think_ratio")
-    _fraction(rollout, where, "delta")
-    _choice(rollout, where, "exit", ("confidence", "none"))
+    _fraction(rollout, where, "delta", "min_p")
+    _choice(rollout, where, "exit", ("confidence", "sufficiency", "verifier", "none"))
     _choice(rollout, where, "cache_dtype", ("", "int8"))
     # The first token of a tentative answer is not counted, so one alone could never be confident.
     _at_least(2, rollout, where, "max_probe_tokens")
@@ -326,6 +352,32 @@ def _check_rollout(rollout: ConfigDict) -> None:
     ok = bool(words) and all(isinstance(word, str) and word.strip() for word in words)
     _require(ok, f"{where}.triggers", words, "a tuple of words, such as ('Wait',)")
     _require(bool(rollout.inducing_prompt), f"{where}.inducing_prompt", "", "the text that asks for it")
+    _texts(rollout, where, "yes_words", "no_words")
+    _check_sufficiency(rollout.sufficiency)
+    _check_verifier(rollout.verifier, needed=rollout.exit == "verifier")
+
+
+def _check_sufficiency(sufficiency: ConfigDict) -> None:
+    where = "config.rollout.sufficiency"
+    _require(0 <= sufficiency.threshold <= 100, f"{where}.threshold", sufficiency.threshold, "0 to 100")
+    _at_least(0, sufficiency, where, "min_gap")
+    _require(bool(sufficiency.question), f"{where}.question", "", "the text that asks for a yes or no")
+
+
+def _check_verifier(verifier: ConfigDict, *, needed: bool) -> None:
+    where = "config.rollout.verifier"
+    right = "named, since config.rollout.exit is 'verifier'"
+    _require(bool(verifier.checkpoint) or not needed, f"{where}.checkpoint", verifier.checkpoint, right)
+    _fraction(verifier, where, "threshold")
+    _texts(verifier, where, "delimiters")
+    _require(bool(verifier.question), f"{where}.question", "", "the text that asks for a yes or no")
+
+
+def _texts(group: ConfigDict, where: str, *fields: str) -> None:
+    for field in fields:
+        texts = group[field]
+        ok = not isinstance(texts, str) and bool(texts) and all(isinstance(t, str) and t for t in texts)
+        _require(ok, f"{where}.{field}", texts, "a tuple of texts, none of them empty")
 
 
 def _check_reward(reward: ConfigDict) -> None:
@@ -360,7 +412,9 @@ def _check_eval(evaluation: ConfigDict) -> None:
     where = "config.eval"
     _at_least(0, evaluation, where, "questions", "temperature")  # temperature 0 is greedy
     _at_least(1, evaluation, where, "max_response_tokens")
+    _at_least(0, evaluation, where, "top_k")
     _share(evaluation, where, "top_p")
+    _fraction(evaluation, where, "min_p")
 
 
 def sft_config() -> ConfigDict:
@@ -382,3 +436,20 @@ def sft_config() -> ConfigDict:
     config.architecture = ConfigDict()
     config.instruction = data_config().instruction
     return config.lock()
+
+
+def validate_sft(config: ConfigDict) -> None:
+    """Checks the fields of an `sft_config`.
+
+    Raises:
+        UserError: naming the field, its value and what would be right.
+    """
+    _at_least(0, config, "config", "seed", "weight_decay", "warmup_steps")
+    _at_least(1, config, "config", "steps", "rows", "row_length", "log_every")
+    _positive(config, "config", "learning_rate", "grad_clip")
+    for field in ("b1", "b2"):
+        _require(0 <= config[field] < 1, f"config.{field}", config[field], "at least 0 and below 1")
+    right = f"above config.warmup_steps, {config.warmup_steps}"
+    _require(config.steps > config.warmup_steps, "config.steps", config.steps, right)
+    _choice(config, "config", "dtype", ("bfloat16", "float32"))
+    _choice(config, "config", "export_dtype", ("bfloat16", "float16", "float32"))

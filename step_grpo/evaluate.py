@@ -87,7 +87,9 @@ def evaluation_engine(described: Description, config: ConfigDict, mesh: Mesh) ->
         config.model.dtype,
         truncate=False,
         temperature=config.eval.temperature,
+        top_k=config.eval.top_k,
         top_p=config.eval.top_p,
+        min_p=config.eval.min_p,
         max_response=config.eval.max_response_tokens,
         attention=choose_attention(config.model.attention, mesh),
     )

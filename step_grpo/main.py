@@ -46,6 +46,7 @@ from step_grpo.reward import rewards
 from step_grpo.reward.grading import Grader
 from step_grpo.rollout.engine import RolloutStats, build_engine
 from step_grpo.rollout.phases import REASONS
+from step_grpo.rollout.policies import Policy
 from step_grpo.scoring import Scored, score_completions
 
 TRAINING_STREAM = 0  # folded into the seed, so that evaluation and training never share randomness
@@ -79,9 +80,11 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
         config.rollout,
         mesh,
         config.model.dtype,
-        truncate=config.rollout.exit == "confidence",
+        truncate=config.rollout.exit != "none",
         temperature=config.rollout.temperature,
+        top_k=config.rollout.top_k,
         top_p=config.rollout.top_p,
+        min_p=config.rollout.min_p,
         max_response=config.rollout.max_response_tokens,
         attention=choose_attention(config.model.attention, mesh),
     )
@@ -123,7 +126,9 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
                 )
                 clock.lap("update_seconds")
 
-                figures = rollout_figures(scored, reward, stats) | measured | clock.laps
+                figures = (
+                    rollout_figures(scored, reward, stats, rollout.machine.policy) | measured | clock.laps
+                )
                 metrics.write(step + 1, figures)
                 warn_of_no_signal(figures)
                 shown = ("accuracy", "tokens", "steps", "exit_early_exit", "reward", "kl")
@@ -332,7 +337,9 @@ def update_policy(
 # ---------------------------------------------------------------------- what is logged
 
 
-def rollout_figures(scored: Sequence[Scored], reward: np.ndarray, stats: RolloutStats) -> dict[str, float]:
+def rollout_figures(
+    scored: Sequence[Scored], reward: np.ndarray, stats: RolloutStats, policy: Policy | None
+) -> dict[str, float]:
     """Figures of one rollout batch, all plain numbers."""
     completions = [s.completion for s in scored]
     confidences = np.concatenate([c.confidences for c in completions])
@@ -351,15 +358,17 @@ def rollout_figures(scored: Sequence[Scored], reward: np.ndarray, stats: Rollout
         "probes": len(confidences) / len(scored),
         "probe_tokens": sum(c.probe_tokens for c in completions) / len(scored),
         "generated_per_second": tokens / stats.seconds,
-        "lane_use": tokens / max(stats.lane_steps, 1),
+        "prefill_seconds": stats.prefill_seconds,
+        "decode_seconds": stats.decode_seconds,
+        "lane_use": stats.live_steps / max(stats.lane_steps, 1),
     }
     figures |= {f"exit_{reason}": reasons[reason] / len(scored) for reason in REASONS}
-    return figures | confidence_figures(confidences)
+    return figures | confidence_figures(confidences, policy)
 
 
-def confidence_figures(confidences: np.ndarray) -> dict[str, float]:
-    """p10, p50, p90 and the largest of a batch's probe confidences; nothing where there was no probe."""
-    if not len(confidences):
+def confidence_figures(confidences: np.ndarray, policy: Policy | None) -> dict[str, float]:
+    """Percentiles of a batch's probe confidences and the share that passed; nothing without a probe."""
+    if not policy or not len(confidences):
         return {}
     p10, p50, p90 = np.percentile(confidences, [10, 50, 90])
     largest = confidences.max()
@@ -368,6 +377,7 @@ def confidence_figures(confidences: np.ndarray) -> dict[str, float]:
         "confidence_p50": float(p50),
         "confidence_p90": float(p90),
         "confidence_max": float(largest),
+        "confidence_above_delta": float(np.mean(policy.passes(confidences))),
     }
 
 

@@ -16,6 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 from step_grpo import cli
+from step_grpo.config import validate_sft
 from step_grpo.data.arithmetic import Habits, Problem, draw_problem, over_thinking
 from step_grpo.data.prompts import encode_prompts
 from step_grpo.data.sources import Question
@@ -35,6 +36,7 @@ CORPUS_BLOCK = 512  # completions drawn and packed at a time
 
 def main(config: ConfigDict, workdir: Path = Path("workdir/sft")) -> None:
     """Trains and writes a Hugging Face folder to `workdir/export`."""
+    validate_sft(config)
     started = time.monotonic()
     use_all_cores()
     tokenizer = build_tokenizer()

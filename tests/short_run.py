@@ -32,7 +32,14 @@ ONE_STEP = {
     "grpo": {"prompts_per_update": 1},
     "eval": {"questions": 4},
 }
-CLOCKS = ("generated_per_second", "rollout_seconds", "grading_seconds", "update_seconds")
+CLOCKS = (
+    "generated_per_second",
+    "prefill_seconds",
+    "decode_seconds",
+    "rollout_seconds",
+    "grading_seconds",
+    "update_seconds",
+)
 
 
 @dataclass(frozen=True)

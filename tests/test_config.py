@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 import step_grpo
 from step_grpo.cli import leaf_fields, load_config
-from step_grpo.config import base_config, validate
+from step_grpo.config import base_config, sft_config, validate, validate_sft
 from step_grpo.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -138,14 +138,24 @@ WRONG = {
     "data.answer_column": "",
     "eval.data.source": "csv",
     "rollout.samples": 1,
-    "rollout.lanes": 0,
+    "rollout.lanes": -1,
     "rollout.cache_dtype": "int4",
     "rollout.max_prompt_tokens": 0,
     "rollout.max_response_tokens": 0,
     "rollout.temperature": 0.0,
+    "rollout.top_k": -1,
     "rollout.top_p": 0.0,
+    "rollout.min_p": 1.5,
     "rollout.exit": "confident",
     "rollout.delta": 1.01,
+    "rollout.sufficiency.threshold": 101.0,
+    "rollout.sufficiency.min_gap": -1,
+    "rollout.sufficiency.question": "",
+    "rollout.verifier.threshold": -0.1,
+    "rollout.verifier.delimiters": (),
+    "rollout.verifier.question": "",
+    "rollout.yes_words": (),
+    "rollout.no_words": ("",),
     "rollout.triggers": (),
     "rollout.inducing_prompt": "",
     "rollout.think_ratio": 1.5,
@@ -176,7 +186,9 @@ WRONG = {
     "grpo.logprob_chunk": 0,
     "eval.questions": -1,
     "eval.temperature": -0.1,
+    "eval.top_k": -2,
     "eval.top_p": 1.1,
+    "eval.min_p": -0.5,
     "eval.max_response_tokens": 0,
 }
 
@@ -195,7 +207,15 @@ FREE = {
     *(f"{data}.{name}" for data in ("data", "eval.data") for name in ("subset", "split", "answer_pattern")),
     *(f"{data}.{name}" for data in ("data", "eval.data") for name in ("instruction", "count")),
     *(f"eval.data.{name}" for name in ("name", "bad_rows", "prompt_column", "answer_column")),
-    *("model.tokenizer", "model.architecture", "rollout.strict", "grpo.train_forced_tokens"),
+    *(
+        "model.tokenizer",
+        "model.architecture",
+        "rollout.strict",
+        "rollout.early_abort",
+        "rollout.verifier.checkpoint",
+        "rollout.verifier.prefix",
+        "grpo.train_forced_tokens",
+    ),
 }
 
 
@@ -225,5 +245,44 @@ def test_generated_problems_need_a_count_and_no_name():
         validate(changed({"data.source": "arithmetic", "data.count": 0}))
 
 
+def test_verifier_needs_a_checkpoint():
+    with pytest.raises(UserError, match=r"config\.rollout\.verifier\.checkpoint is ''"):
+        validate(changed({"rollout.exit": "verifier"}))
+    validate(changed({"rollout.exit": "verifier", "rollout.verifier.checkpoint": "builtin:tiny"}))
+
+
+def test_one_text_is_no_tuple_of_texts():
+    with pytest.raises(UserError, match=r"config\.rollout\.verifier\.delimiters is '\\n\\n'"):
+        config = base_config().unlock()
+        config.rollout.verifier = ConfigDict({**config.rollout.verifier.to_dict(), "delimiters": "\n\n"})
+        validate(config)
+
+
 def test_greedy_evaluation_is_allowed():
     validate(changed({"eval.temperature": 0.0}))
+
+
+WRONG_SFT = {
+    "steps": 100,  # no more than the warm-up
+    "rows": 0,
+    "row_length": 0,
+    "learning_rate": 0.0,
+    "warmup_steps": -1,
+    "b1": 1.0,
+    "grad_clip": -1.0,
+    "log_every": 0,
+    "dtype": "int8",
+    "export_dtype": "int8",
+}
+
+
+@pytest.mark.parametrize("field", WRONG_SFT)
+def test_wrong_value_of_a_fine_tuning_is_named(field):
+    config = sft_config().unlock()
+    config[field] = WRONG_SFT[field]
+    with pytest.raises(UserError, match=rf"config\.{field} is "):
+        validate_sft(config)
+
+
+def test_shipped_fine_tuning_is_valid():
+    validate_sft(load_config(str(ROOT / "configs" / "tiny_sft.py")))

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from step_grpo.mesh import make_mesh
 from step_grpo.model.weights import load_checkpoint, load_params
 from step_grpo.reward.grading import Grade
 from step_grpo.rollout.engine import Completion
+from step_grpo.rollout.policies import Confidence
 from step_grpo.scoring import Scored
 
 EVALUATION = {"accuracy", "accuracy_low", "accuracy_high", "tokens", "steps", "questions"}
@@ -405,8 +407,19 @@ def test_exit_shares_are_averaged_over_steps_and_absent_reasons_left_out():
     assert mean_exits(lines) == {"natural": 0.75, "rep": 0.25}
 
 
+HALF = Confidence(question=(1,), max_notes=4, delta=0.5, strict=True, early_abort=True)
+
+
 def test_confidence_figures_are_percentiles():
     values = np.linspace(0, 1, 101).astype(np.float32)
-    figures = confidence_figures(values)
-    assert list(figures.values()) == pytest.approx([0.1, 0.5, 0.9, 1.0], abs=1e-6)
-    assert confidence_figures(values[:0]) == {}
+    figures = confidence_figures(values, HALF)
+    assert list(figures.values()) == pytest.approx([0.1, 0.5, 0.9, 1.0, 50 / 101], abs=1e-6)
+    assert confidence_figures(values[:0], HALF) == {}
+
+
+def test_what_alters_no_result_may_change_when_a_run_goes_on():
+    saved = short_config().to_dict()
+    freed = short_config(
+        {"steps": 9, "rollout": {"lanes": 2}, "reward": {"grading_workers": 1}, "keep_checkpoints": 7}
+    )
+    checkpoint.check_same_run(saved, freed.to_dict(), Path("a run"))

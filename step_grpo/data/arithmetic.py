@@ -47,11 +47,10 @@ class Problem:
 class Habits:
     """How the corpus thinks: probabilities, each of one decision."""
 
-    slip: float = 0.22  # a step with a carry or a borrow forgets it
-    slip_in_check: float = 0.08  # likewise inside a check
+    slip: float = 0.27  # a step with a carry or a borrow forgets it
+    slip_in_check: float = 0.01  # likewise inside a check
     check_early: float = 0.12  # a check between two steps
     check_on: float = 0.75  # one more check after the last step
-    check_on_slip: float = 0.82  # the same while a slip stands
     notice: float = 0.4  # a check looks at the step that slipped, if there is one
     max_checks: int = 9
     impatient: float = 0.1  # stops at an arbitrary point, with the right answer
@@ -89,7 +88,7 @@ def over_thinking(problem: Problem, rng: np.random.Generator, habits: Habits) ->
     thought = _Thought(problem, rng, habits)
     thought.work_out(0)
     checks = 0
-    while checks < habits.max_checks and rng.random() < thought.urge_to_check():
+    while checks < habits.max_checks and rng.random() < habits.check_on:
         thought.check()
         checks += 1
     value: int | None = thought.values[-1]
@@ -122,10 +121,6 @@ class _Thought:
                 self.check()
                 if len(self.values) == count + 1:  # the check repaired a step and worked out the rest
                     return
-
-    def urge_to_check(self) -> float:
-        """Probability of one more check."""
-        return self.habits.check_on_slip if self._slipped() else self.habits.check_on
 
     def check(self) -> None:
         """Computes one step again; a difference repairs it and works out everything after it."""

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 
 from step_grpo.model import qwen
 from step_grpo.model.attention import XLA, Attention
-from step_grpo.model.cache import Cache, copy_lanes, empty_cache
+from step_grpo.model.cache import Cache, copy_lanes, empty_cache, with_capacity
 from step_grpo.rollout import phases
 from step_grpo.rollout.phases import DONE, THINK, Lane, Machine, Observation, Probed
+from step_grpo.rollout.policies import Judge, Look
 from step_grpo.rollout.sampling import sample, sample_key
-from step_grpo.rollout.triggers import Vocabulary
+from step_grpo.rollout.triggers import Found, Recent, Vocabulary, nothing_recent
+
+NO_PROBE = -(2**30)  # a place so far back that no gap from it is too small
 
 
 class RolloutState(NamedTuple):
@@ -22,25 +25,64 @@ class RolloutState(NamedTuple):
     tokens: jax.Array  # [B, R] the completions so far
     logprobs: jax.Array  # [B, R] of each recorded token, tempered
     forced: jax.Array  # [B, R] recorded by the machine, not sampled
-    words: jax.Array  # [B, R, 2] see phases.read_text
+    words: jax.Array  # [B, R, 2] see phases.read_text; [B, 0, 2] in plain sampling
+    recent: Recent  # [B, M]
     cache: Cache
+    judge_cache: Cache  # of the second model; empty where there is none
 
 
-def empty_state(cfg: qwen.QwenConfig, machine: Machine, lanes: int, capacity: int, dtype) -> RolloutState:
-    """A state in which every lane is free; `capacity` tokens fit into each lane's cache."""
+class Prefilled(NamedTuple):
+    """Prompts that completions can start from, leaves `[Q, ...]`."""
+
+    cache: Cache  # [Q, K, T, H] a layer
+    judge_cache: Cache  # likewise, its prefix before the prompt; empty where there is no second model
+    length: jax.Array
+    last_token: jax.Array
+
+
+class Taken(NamedTuple):
+    """What a segment did, `[1]` each: one entry a device where lanes are sharded."""
+
+    steps: jax.Array
+    live_steps: jax.Array  # summed over the lanes that were not DONE
+
+
+def empty_state(
+    cfg: qwen.QwenConfig, machine: Machine, lanes: int, capacity: int, dtype, reach: int
+) -> RolloutState:
+    """A state in which every lane is free.
+
+    Args:
+        cfg: architecture.
+        machine: settings of the rollout.
+        lanes: their number.
+        capacity: tokens that fit into each lane's cache.
+        dtype: of the cache.
+        reach: `triggers.reach` of the vocabulary.
+    """
     B, R = lanes, machine.max_response
     lane = fresh_lanes(
         jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32), jnp.ones(B, jnp.int32), jnp.zeros(B, jnp.int32)
     )
     return RolloutState(
         lane=lane._replace(phase=jnp.full(B, DONE, jnp.int32)),
-        probed=Probed(jnp.zeros((B, machine.max_probe_tokens)), jnp.zeros((B, machine.max_probes))),
+        probed=Probed(jnp.zeros((B, machine.max_notes)), jnp.zeros((B, machine.max_probes))),
         tokens=jnp.zeros((B, R), jnp.int32),
         logprobs=jnp.zeros((B, R)),
         forced=jnp.zeros((B, R), bool),
         words=jnp.zeros((B, R if machine.truncate else 0, 2), jnp.uint32),
+        recent=nothing_recent(B, reach),
         cache=empty_cache(cfg.layers, B, cfg.kv_heads, capacity, cfg.head_dim, dtype),
+        judge_cache=empty_judge_cache(machine.judge, B, capacity, dtype),
     )
+
+
+def empty_judge_cache(judge: Judge | None, lanes: int, capacity: int, dtype) -> Cache:
+    """The second model's cache, as long as the lanes' own; none without a second model."""
+    if not judge:
+        return ()
+    cfg = judge.config
+    return empty_cache(cfg.layers, lanes, cfg.kv_heads, capacity, cfg.head_dim, dtype)
 
 
 def fresh_lanes(
@@ -65,41 +107,70 @@ def fresh_lanes(
         "chunk_hash": no_hash,
         "previous_hash": no_hash,
         "word_hash": no_hash,
-        "after_letter": zero.astype(bool),
+        "last_probe": zero + NO_PROBE,
     }
     return Lane(**scalars)
 
 
-def refill(
+def prefill(
     cfg: qwen.QwenConfig,
+    judge: Judge | None,
     params: qwen.Params,
-    state: RolloutState,
+    judge_params: qwen.Params | None,
     prompts: jax.Array,
     lengths: jax.Array,
-    row: jax.Array,
-    prompt_id: jax.Array,
-    sample_id: jax.Array,
-    *,
     attention: Attention = XLA,
-) -> RolloutState:
-    """Prefills each prompt once and starts a completion of it in every lane that asks for it.
+) -> Prefilled:
+    """Runs prompts through the model, and behind a prefix of its own through the judge, if there is one.
 
     Args:
         cfg: architecture.
+        judge: the second model.
         params: `qwen.decode_params`.
-        state: lanes; those with `row >= 0` are overwritten.
+        judge_params: of the second model.
         prompts: `[Q, T]` prompts, padded on the right.
         lengths: `[Q]` tokens in each prompt.
+        attention: the implementation.
+    """
+    judge_cache: Cache = ()
+    if judge and judge_params is not None:
+        prefix = jnp.broadcast_to(jnp.array(judge.prefix, jnp.int32), (len(prompts), len(judge.prefix)))
+        prefixed = jnp.concatenate([prefix, prompts], axis=1)
+        judge_cache = qwen.prefill(judge_params, judge.config, prefixed, attention)
+    last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
+    return Prefilled(qwen.prefill(params, cfg, prompts, attention), judge_cache, lengths, last)
+
+
+def insert(
+    state: RolloutState, prefilled: Prefilled, row: jax.Array, prompt_id: jax.Array, sample_id: jax.Array
+) -> RolloutState:
+    """Starts a completion in every lane that asks for one; the prompt's cache is copied, not made again.
+
+    Args:
+        state: lanes; those with `row >= 0` are overwritten.
+        prefilled: prompts.
         row: `[B]` prompt that a lane takes, -1 for a lane that goes on undisturbed.
         prompt_id: `[B]` identity of that prompt, for randomness.
         sample_id: `[B]` number of the completion within its group.
-        attention: the implementation.
     """
-    cache = copy_lanes(state.cache, qwen.prefill(params, cfg, prompts, attention), row)
     at = jnp.maximum(row, 0)
-    last_token = prompts[at, lengths[at] - 1]
-    fresh = fresh_lanes(prompt_id, sample_id, lengths[at], last_token)
-    return state._replace(lane=phases.select(row >= 0, fresh, state.lane), cache=cache)
+    fresh = fresh_lanes(prompt_id, sample_id, prefilled.length[at], prefilled.last_token[at])
+    return state._replace(
+        lane=phases.select(row >= 0, fresh, state.lane),
+        cache=copy_lanes(state.cache, prefilled.cache, row),
+        judge_cache=copy_lanes(state.judge_cache, prefilled.judge_cache, row),
+    )
+
+
+def resize(state: RolloutState, capacity: int) -> RolloutState:
+    """Gives each lane's cache room for `capacity` tokens; a smaller one must hold what is in use."""
+    cache, judge_cache = with_capacity(state.cache, capacity), with_capacity(state.judge_cache, capacity)
+    return state._replace(cache=cache, judge_cache=judge_cache)
+
+
+def pack(state: RolloutState, lanes: jax.Array) -> RolloutState:
+    """Keeps the lanes `[B']` and forgets the others."""
+    return jax.tree.map(lambda x: x[lanes], state)
 
 
 def decode_segment(
@@ -111,25 +182,28 @@ def decode_segment(
     state: RolloutState,
     max_steps: jax.Array,
     stop_live: jax.Array,
-    *,
+    judge_params: qwen.Params | None = None,
     attention: Attention = XLA,
-) -> tuple[RolloutState, jax.Array]:
-    """Advances all lanes by up to `max_steps` tokens, until at most `stop_live` lanes are not DONE.
+) -> tuple[RolloutState, Taken]:
+    """Advances all lanes by up to `max_steps` tokens, until at most `stop_live` `[1]` of them are not DONE.
 
-    Returns:
-        The state, and the number of steps taken, `[1]`: one entry a device where lanes are sharded.
+    Arrays of one entry are one entry a device where lanes are sharded.
     """
 
+    def live(state):
+        return jnp.sum(state.lane.phase != DONE)
+
     def go_on(carry):
-        step, state = carry
-        return (step < max_steps) & (jnp.sum(state.lane.phase != DONE) > stop_live)
+        taken, state = carry
+        return (taken.steps < max_steps) & (live(state) > stop_live[0])
 
     def advance(carry):
-        step, state = carry
-        return step + 1, decode_step(cfg, machine, params, vocab, run_key, state, attention)
+        taken, state = carry
+        taken = Taken(taken.steps + 1, taken.live_steps + live(state))
+        return taken, decode_step(cfg, machine, params, vocab, run_key, state, judge_params, attention)
 
-    steps, state = jax.lax.while_loop(go_on, advance, (jnp.int32(0), state))
-    return state, steps[None]
+    taken, state = jax.lax.while_loop(go_on, advance, (Taken(jnp.int32(0), jnp.int32(0)), state))
+    return state, Taken(taken.steps[None], taken.live_steps[None])
 
 
 def decode_step(
@@ -139,21 +213,31 @@ def decode_step(
     vocab: Vocabulary,
     run_key: jax.Array,
     state: RolloutState,
+    judge_params: qwen.Params | None = None,
     attention: Attention = XLA,
 ) -> RolloutState:
     """One token for every lane."""
     lane = state.lane
     logits_BV, cache = qwen.decode(params, cfg, lane.token_in, state.cache, lane.kv_length, attention)
+    asked_BV, judge_cache = logits_BV, state.judge_cache
+    if machine.judge and judge_params is not None:
+        token, length = phases.judge_input(machine, lane)
+        asked_BV, judge_cache = qwen.decode(
+            judge_params, machine.judge.config, token, judge_cache, length, attention
+        )
     keys = jax.vmap(sample_key, (None, 0, 0, 0))(run_key, lane.prompt_id, lane.sample_id, lane.length)
-    seen = observe(machine, vocab, lane, state.words, logits_BV, keys)
-    start = lane.length
+    seen, chunk_hash = observe(machine, vocab, state, logits_BV, asked_BV, keys)
     lane = lane._replace(kv_length=lane.kv_length + 1)
     lane, probed, emit = phases.step_lanes(machine, lane, state.probed, seen)
-    words = state.words
+    position = lane.length - 1  # of the recorded token, if any
+    words, recent = state.words, state.recent
     if machine.truncate:
-        lane, words = phases.read_text(lane, words, vocab, emit, start)
-    rows = jnp.arange(start.shape[0])
-    at = jnp.where(emit.valid, start, machine.max_response)  # out of range: dropped
+        here = Recent(position, emit.closing_logprob, chunk_hash)
+        lane, words, recent = phases.read_text(lane, words, recent, vocab, emit, here)
+    if machine.judge:
+        lane = phases.read_delimiters(lane, vocab, emit)
+    rows = jnp.arange(position.shape[0])
+    at = jnp.where(emit.valid, position, machine.max_response)  # out of range: dropped
     return RolloutState(
         lane=lane,
         probed=probed,
@@ -161,35 +245,71 @@ def decode_step(
         logprobs=state.logprobs.at[rows, at].set(emit.logprob, mode="drop"),
         forced=state.forced.at[rows, at].set(emit.forced, mode="drop"),
         words=words,
+        recent=recent,
         cache=cache,
+        judge_cache=judge_cache,
     )
 
 
 def observe(
     machine: Machine,
     vocab: Vocabulary,
-    lane: Lane,
-    words_BR: jax.Array,
+    state: RolloutState,
     logits_BV: jax.Array,
+    asked_BV: jax.Array,
     keys_B: jax.Array,
-) -> Observation:
-    """Everything that the phases may look at, `[B]` each."""
-    token = sample(logits_BV, keys_B, temperature=machine.temperature, top_p=machine.top_p)
+) -> tuple[Observation, jax.Array]:
+    """Everything that the phases may look at, `[B]` each; and the hash of the chunk if it ended here.
+
+    Log-probs of sampled and forced tokens are those of the whole tempered softmax, whatever top-k, top-p and
+    min-p leave of it: they are compared with the trainer's, which knows no such limits.
+
+    Args:
+        machine: settings.
+        vocab: token tables.
+        state: before the step.
+        logits_BV: of the model, behind the token just fed.
+        asked_BV: of the model that checks ask, the same or the judge.
+        keys_B: of the token to sample.
+    """
+    lane = state.lane
+    token = sample(
+        logits_BV,
+        keys_B,
+        temperature=machine.temperature,
+        top_k=machine.top_k,
+        top_p=machine.top_p,
+        min_p=machine.min_p,
+    ).astype(jnp.int32)
     normaliser = jax.nn.logsumexp(logits_BV, axis=-1)
     tempered_BV, tempered_normaliser = logits_BV, normaliser
     if machine.temperature not in (0, 1):
         tempered_BV = logits_BV / machine.temperature
         tempered_normaliser = jax.nn.logsumexp(tempered_BV, axis=-1)
     chosen = jnp.take_along_axis(tempered_BV, token[:, None], axis=1)[:, 0]
-    nothing = jnp.zeros_like(lane.chunk_hash)
-    return Observation(
-        token=token.astype(jnp.int32),
+    closing_logprobs = tempered_BV[:, jnp.array(machine.closing)] - tempered_normaliser[:, None]
+    here = Recent(lane.length, closing_logprobs[:, 0], jnp.zeros_like(lane.chunk_hash))
+    found = Found(jnp.zeros_like(token, bool), jnp.zeros_like(token, bool), here)
+    if machine.truncate:
+        here = here._replace(chunk_hash=phases.finished_chunk_hash(lane, state.words))
+        found = phases.watch_text(lane, state.recent, vocab, token, here)
+    nothing = jnp.zeros_like(token)
+    look, is_delimiter = Look(nothing, nothing.astype(jnp.float32)), nothing > 0
+    if machine.policy:
+        look = machine.policy.look(asked_BV)
+    if machine.judge:
+        delimiters = vocab.delimiters
+        is_delimiter = delimiters.confirms[lane.delimiter_state, delimiters.token_class[token]]
+    seen = Observation(
+        token=token,
         logprob=chosen - tempered_normaliser,
-        greedy=jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
-        greedy_logprob=jnp.max(logits_BV, axis=-1) - normaliser,
-        closing_logprobs=tempered_BV[:, jnp.array(machine.closing)] - tempered_normaliser[:, None],
-        is_trigger=jnp.where(
-            lane.after_letter, vocab.trigger_after_letter[token], vocab.trigger_after_other[token]
-        ),
-        finished_chunk_hash=phases.finished_chunk_hash(lane, words_BR) if machine.truncate else nothing,
+        look=look,
+        closing_logprobs=closing_logprobs,
+        is_delimiter=is_delimiter,
+        is_trigger=found.confirmed,
+        pieces=lane.length - found.begin.position,
+        exit_logprob=found.begin.closing_logprob,
+        finished_chunk_hash=found.begin.chunk_hash,
+        recorded=jnp.take_along_axis(state.tokens, lane.length[:, None], axis=1)[:, 0],
     )
+    return seen, here.chunk_hash

@@ -4,28 +4,30 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from step_grpo.data.prompts import think_end_id
+from step_grpo.errors import UserError
 from step_grpo.mesh import replicated
 from step_grpo.model import qwen
 from step_grpo.model.attention import XLA, Attention
 from step_grpo.model.load import Description
 from step_grpo.rollout import decode
 from step_grpo.rollout.phases import DONE, REASONS, Machine
-from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, token_bytes
+from step_grpo.rollout.policies import Built, build_policy, encode
+from step_grpo.rollout.programs import Programs, make_ladder, round_up
+from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, reach, token_bytes
 
 SEGMENT_STEPS = 64  # steps between two looks of the host at the lanes
 CLOSING = "\n</think>\n\n"  # appended where the machine ends the thinking
-REFILL_SHARE = 8  # lanes are refilled once this part of them (1 in 8) is free
+REFILL_SHARE = 16  # lanes are refilled once this part of them (1 in 16) is free
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,53 @@ class Completion:
     logprobs: np.ndarray  # [n] float32, tempered, of the token that was recorded
     forced: np.ndarray  # [n] bool
     reason: str  # why the thinking ended, one of REASONS
-    confidences: np.ndarray  # [probes] float32
+    confidences: np.ndarray  # [probes] float32 scores of the checks, as the exit policy defines them
     probe_tokens: int  # steps spent in probes
 
 
-@dataclass(frozen=True)
+@dataclass
 class RolloutStats:
     """What a rollout cost."""
 
-    seconds: float
-    steps: int  # decode steps, summed over the devices
-    lane_steps: int  # steps times the lanes of a device
-    prefilled: int  # prompt tokens, padding included
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    compile_seconds: float = 0.0  # of the first call
+    steps: int = 0  # decode steps, summed over the devices
+    lane_steps: int = 0  # steps times the lanes that took them
+    live_steps: int = 0  # those that carried an unfinished completion
+    prefilled: int = 0  # prompt tokens, padding included
+    resizes: int = 0  # times the cache grew, shrank or was packed
+
+
+@dataclass
+class Slots:
+    """Which completion each lane holds: `[devices][lanes of a device]`, None for a free lane."""
+
+    owner: list[list[tuple[int, int] | None]]
+    kv_length: np.ndarray  # [devices, lanes of a device] tokens in the cache
+
+    @classmethod
+    def free(cls, devices: int, lanes: int) -> "Slots":
+        """All lanes free."""
+        return cls([[None] * lanes for _ in range(devices)], np.zeros((devices, lanes), np.int32))
+
+    def live(self) -> list[int]:
+        """Completions in hand of each device."""
+        return [sum(o is not None for o in owners) for owners in self.owner]
+
+    def longest(self) -> int:
+        """Tokens in the fullest cache of a live lane."""
+        held = [[o is not None for o in owners] for owners in self.owner]
+        return int(self.kv_length[np.array(held)].max(initial=0))
+
+
+@dataclass
+class Ready:
+    """A batch of prefilled prompts whose completions have not all started."""
+
+    prefilled: decode.Prefilled
+    waiting: list[deque[tuple[int, int, int]]]  # of each device: row, prompt, sample
 
 
 class RolloutEngine:
@@ -70,55 +107,62 @@ class RolloutEngine:
         max_prompt: int,
         dtype: Any,
         mesh: Mesh,
+        judge_params: qwen.Params | None = None,
         attention: Attention = XLA,
     ):
-        """Prepares the programs; they compile when first used.
+        """Remembers the settings; the programs are compiled at the first call.
 
         Args:
             cfg: architecture.
             machine: settings of the rollout.
-            vocab: token tables.
-            lanes: completions made at a time, over all devices; a multiple of their number.
+            vocab: token tables, on every device.
+            lanes: completions made at a time, over all devices, a multiple of their number; 0 for as many
+                as the devices' free memory holds at the first call.
             max_prompt: tokens of the longest prompt.
             dtype: of the cache; int8 is quantised.
             mesh: with one axis, `data`.
+            judge_params: of the second model that the machine's exit policy asks, on every device.
             attention: the implementation.
         """
-        self.machine, self.vocab, self.lanes, self.max_prompt, self.mesh = (
-            machine,
-            vocab,
-            lanes,
-            max_prompt,
-            mesh,
-        )
-        local, all_ = PartitionSpec("data"), PartitionSpec()
-
-        def program(function, in_specs, out_specs, donate=()):
-            sharded = jax.shard_map(
-                function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-            )
-            return jax.jit(sharded, donate_argnums=donate)
-
-        empty = partial(decode.empty_state, cfg, machine, lanes // mesh.size, self.capacity, dtype)
-        self._empty = program(empty, (), local)
-        self._refill = program(
-            partial(decode.refill, cfg, attention=attention),
-            (all_, local, all_, all_, local, local, local),
-            local,
-            donate=1,
-        )
-        self._segment = program(
-            partial(decode.decode_segment, cfg, machine, attention=attention),
-            (all_, all_, all_, local, all_, all_),
-            (local, local),
-            donate=3,
-        )
+        self.cfg, self.machine, self.vocab = cfg, machine, vocab
+        self.lanes, self.max_prompt, self.dtype, self.mesh = lanes, max_prompt, dtype, mesh
+        self._judge_params, self._attention = judge_params, attention
+        self._programs: Programs | None = None
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit into a lane's cache: prompt, response, and a probe behind it."""
-        probe = len(self.machine.inducing) + self.machine.max_probe_tokens if self.machine.truncate else 0
-        return _round_up(self.max_prompt + self.machine.max_response + probe, 64)
+        """Tokens that fit into a lane's full cache: prompt, response, and a check behind them."""
+        return self.max_prompt + self.machine.max_response + self.machine.check_room
+
+    def compile(self, params: qwen.Params, completions: int) -> Programs:
+        """Compiles every program that calls can need; later calls of this method return what is there.
+
+        Args:
+            params: `qwen.decode_params`, on the devices.
+            completions: that a call makes; more lanes than that are not made.
+        """
+        if self._programs is None:
+            lanes = self.lanes or self._lanes_that_fit(completions)
+            ladder = make_ladder(lanes, self.capacity, self.max_prompt, self.mesh.size)
+            rows = max(1, lanes // self.mesh.size // REFILL_SHARE)
+            self._programs = Programs(
+                self.cfg,
+                self.machine,
+                self.vocab,
+                params,
+                self._judge_params,
+                ladder,
+                rows=rows,
+                dtype=self.dtype,
+                mesh=self.mesh,
+                attention=self._attention,
+            )
+        return self._programs
+
+    def _lanes_that_fit(self, completions: int) -> int:
+        wanted = round_up(completions, self.mesh.size) // self.mesh.size
+        lane = lane_bytes(self.cfg, self.machine, self.vocab, self.capacity, self.dtype)
+        return self.mesh.size * lanes_that_fit([free_bytes(d) for d in self.mesh.local_devices], lane, wanted)
 
     def __call__(
         self,
@@ -144,86 +188,215 @@ class RolloutEngine:
             ValueError: a prompt is empty or too long.
         """
         check_prompts(prompts, self.max_prompt)
-        started = time.monotonic()
-        queue = deque((p, s) for p in range(len(prompts)) for s in range(samples))
-        total = len(queue)
-        state = self._empty()
-        owner: list[tuple[int, int] | None] = [None] * self.lanes
+        stats, started = RolloutStats(), time.monotonic()
+        params = jax.device_put(params, replicated(self.mesh))  # nothing happens where it lies there already
+        programs = self.compile(params, len(prompts) * samples)
+        stats.compile_seconds = time.monotonic() - started
+        run_key = jax.device_put(run_key, replicated(self.mesh))
+        work = _Work(programs, prompts, samples, self.mesh.size, stats)
         finished: list[Completion] = []
-        steps = prefilled = 0
-        while len(finished) < total:
-            while queue and None in owner:
-                state, tokens = self._fill(params, state, prompts, queue, owner)
-                prefilled += tokens
-            live = sum(o is not None for o in owner)
-            stop_live = max(live - max(1, self.lanes // REFILL_SHARE), 0) if queue else 0
-            state, taken = self._segment(
-                params,
-                self.vocab,
-                run_key,
-                state,
-                jnp.int32(SEGMENT_STEPS),
-                jnp.int32(stop_live // self.mesh.size),
-            )
-            steps += int(np.sum(taken))
-            finished += harvest(state, owner)
+        while len(finished) < len(prompts) * samples:
+            work.fill(params)
+            work.fit()
+            work.advance(params, run_key)
+            finished += work.harvest()
             on_progress(len(finished))
         finished.sort(key=lambda c: (c.prompt, c.sample))
-        stats = RolloutStats(
-            time.monotonic() - started, steps, steps * self.lanes // self.mesh.size, prefilled
-        )
+        stats.seconds = time.monotonic() - started
         return finished, stats
 
-    def _fill(self, params, state, prompts, queue, owner):
-        """Gives free lanes their next completions; one call prefills a fixed number of prompts."""
-        rows = max(1, self.lanes // REFILL_SHARE)
-        lengths = np.ones(rows, np.int32)
-        width = _round_up(max(len(p) for p in prompts), 32)
-        tokens = np.zeros((rows, width), np.int32)
-        row, prompt_id, sample_id = (np.zeros(self.lanes, np.int32) for _ in range(3))
-        row -= 1
-        in_row: dict[int, int] = {}
-        for b in range(self.lanes):
-            if owner[b] is not None:
-                continue
-            if not queue or (queue[0][0] not in in_row and len(in_row) == rows):
+
+@dataclass
+class _Work:
+    """One call of the engine: what is queued, prefilled and in the lanes."""
+
+    programs: Programs
+    prompts: Sequence[Sequence[int]]
+    samples: int
+    devices: int
+    stats: RolloutStats
+    ready: list[Ready] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.queue = deque(range(len(self.prompts)))
+        self.state = self.programs.empty()
+        self.slots = Slots.free(self.devices, self.programs.ladder.packed[0] // self.devices)
+
+    @property
+    def pending(self) -> bool:
+        """Whether completions wait for a lane."""
+        return bool(self.queue) or bool(self.ready)
+
+    # ------------------------------------------------------------------ filling lanes
+
+    def fill(self, params: qwen.Params) -> None:
+        """Starts waiting completions in all free lanes; a prompt is prefilled once for its whole group."""
+        started = time.monotonic()
+        while True:
+            for ready in self.ready:
+                self._insert(ready)
+            self.ready = [r for r in self.ready if any(r.waiting)]
+            hungry = [
+                None in owners and not any(r.waiting[d] for r in self.ready)
+                for d, owners in enumerate(self.slots.owner)
+            ]
+            if not self.queue or not any(hungry):
                 break
-            owner[b] = p, s = queue.popleft()
-            if p not in in_row:
-                in_row[p] = len(in_row)
-                lengths[in_row[p]] = len(prompts[p])
-                tokens[in_row[p], : len(prompts[p])] = prompts[p]
-            row[b], prompt_id[b], sample_id[b] = in_row[p], identity(prompts[p]), s
-        state = self._refill(params, state, tokens, lengths, row, prompt_id, sample_id)
-        return state, rows * width
+            self.ready.append(self._prefill(params, hungry))
+        jax.block_until_ready(self.state)
+        self.stats.prefill_seconds += time.monotonic() - started
 
+    def _prefill(self, params: qwen.Params, hungry: list[bool]) -> Ready:
+        """The next prompts of the queue, for the devices that need some."""
+        rows = self.programs.rows
+        waiting: list[deque[tuple[int, int, int]]] = [deque() for _ in range(self.devices)]
+        chosen: dict[int, int] = {}  # row over all devices -> prompt
+        for row in range(rows):  # row by row, so that a short queue is shared
+            for device in range(self.devices):
+                if self.queue and hungry[device]:
+                    prompt = self.queue.popleft()
+                    chosen[device * rows + row] = prompt
+                    waiting[device].extend((row, prompt, sample) for sample in range(self.samples))
+        longest = max(len(self.prompts[p]) for p in chosen.values())
+        width = next(w for w in self.programs.ladder.widths if w >= longest)
+        tokens = np.zeros((self.devices * rows, width), np.int32)
+        lengths = np.ones(self.devices * rows, np.int32)
+        for row, prompt in chosen.items():
+            lengths[row] = len(self.prompts[prompt])
+            tokens[row, : lengths[row]] = self.prompts[prompt]
+        self.stats.prefilled += tokens.size
+        return Ready(self.programs.prefill(params, tokens, lengths), waiting)
 
-def harvest(state: decode.RolloutState, owner: list[tuple[int, int] | None]) -> list[Completion]:
-    """Takes the finished completions out of their lanes and frees them in `owner`."""
-    phase = np.asarray(state.lane.phase)
-    ready = [b for b, o in enumerate(owner) if o is not None and phase[b] == DONE]
-    if not ready:
-        return []
-    fields = (state.lane, state.probed.confidences, state.tokens, state.logprobs, state.forced)
-    lane, confidences, tokens, logprobs, forced = jax.device_get(fields)
-    completions = []
-    for b in ready:
-        prompt, sample = owner[b] or (0, 0)
-        n = lane.length[b]
-        completions.append(
-            Completion(
-                prompt=prompt,
-                sample=sample,
-                tokens=tokens[b, :n].copy(),
-                logprobs=logprobs[b, :n].copy(),
-                forced=forced[b, :n].copy(),
-                reason=REASONS[lane.reason[b]],
-                confidences=confidences[b, : lane.probes[b]].copy(),
-                probe_tokens=int(lane.probe_tokens[b]),
+    def _insert(self, ready: Ready) -> None:
+        lanes = len(self.slots.owner[0])
+        row, prompt_id, sample_id = (np.zeros((self.devices, lanes), np.int32) for _ in range(3))
+        row -= 1
+        for device, waiting in enumerate(ready.waiting):
+            owners = self.slots.owner[device]
+            for lane in range(lanes):
+                if owners[lane] is None and waiting:
+                    row[device, lane], prompt, sample = waiting.popleft()
+                    owners[lane] = prompt, sample
+                    prompt_id[device, lane], sample_id[device, lane] = identity(self.prompts[prompt]), sample
+                    self.slots.kv_length[device, lane] = len(self.prompts[prompt])
+        if (row >= 0).any():
+            width = ready.prefilled.cache[0].k.shape[2]
+            self._resize_for(max(self.slots.longest(), width) + self.programs.judge_prefix)
+            self.state = self.programs.insert(
+                self.state, ready.prefilled, row.ravel(), prompt_id.ravel(), sample_id.ravel()
+            )
+
+    # ------------------------------------------------------------------ shapes
+
+    def fit(self) -> None:
+        """Gives the state the smallest shape that holds the next segment."""
+        ladder, lanes = self.programs.ladder, len(self.slots.owner[0])
+        while not self.pending and (level := ladder.packed.index(lanes * self.devices) + 1) < len(
+            ladder.packed
+        ):
+            fewer = ladder.packed[level] // self.devices
+            if max(self.slots.live()) > fewer:
+                break
+            self._resize_for(ladder.capacities[-1])
+            self._pack(fewer)
+            lanes = fewer
+        if lanes * self.devices == ladder.packed[0]:
+            self._resize_for(self.slots.longest() + SEGMENT_STEPS + self.programs.judge_prefix)
+
+    def _resize_for(self, tokens: int) -> None:
+        """Grows or shrinks the cache, a rung at a time, to the least capacity for `tokens`."""
+        capacities = self.programs.ladder.capacities
+        fits = [c for c in capacities if c >= tokens]
+        wanted = capacities.index(fits[0] if fits else capacities[-1])
+        at = capacities.index(self.state.cache[0].k.shape[2])
+        while at != wanted:
+            at += 1 if wanted > at else -1
+            self.state = self.programs.resize(self.state, capacities[at])
+            self.stats.resizes += 1
+
+    def _pack(self, fewer: int) -> None:
+        """Keeps the live lanes of each device, filled up with free ones to `fewer`."""
+        kept = np.zeros((self.devices, fewer), np.int32)
+        for device, owners in enumerate(self.slots.owner):
+            live = [lane for lane, owner in enumerate(owners) if owner is not None]
+            free = [lane for lane, owner in enumerate(owners) if owner is None]
+            kept[device] = (live + free)[:fewer]
+            self.slots.owner[device] = [owners[lane] for lane in kept[device]]
+        self.slots.kv_length = np.take_along_axis(self.slots.kv_length, kept, axis=1)
+        self.state = self.programs.pack(self.state, kept.ravel())
+        self.stats.resizes += 1
+
+    # ------------------------------------------------------------------ tokens
+
+    def advance(self, params: qwen.Params, run_key: jax.Array) -> None:
+        """One segment; it ends early where the host could do something about free lanes."""
+        started = time.monotonic()
+        lanes = len(self.slots.owner[0])
+        enough = max(1, lanes // REFILL_SHARE)
+        live = self.slots.live()
+        if self.pending:
+            stop = [max(n - enough, 0) for n in live]
+        else:
+            stop = [self._next_packing(lanes) if n > self._next_packing(lanes) else 0 for n in live]
+        self.state, taken = self.programs.segment(
+            params, run_key, self.state, np.int32(SEGMENT_STEPS), np.array(stop, np.int32)
+        )
+        taken = jax.device_get(taken)
+        self.stats.steps += int(taken.steps.sum())
+        self.stats.lane_steps += int(taken.steps.sum()) * lanes
+        self.stats.live_steps += int(taken.live_steps.sum())
+        self.stats.decode_seconds += time.monotonic() - started
+
+    def _next_packing(self, lanes: int) -> int:
+        """Lanes of a device after the next packing; 0 where there is none."""
+        packed = self.programs.ladder.packed
+        level = packed.index(lanes * self.devices) + 1
+        return packed[level] // self.devices if level < len(packed) else 0
+
+    def harvest(self) -> list[Completion]:
+        """Takes the finished completions out of their lanes and frees them."""
+        shape = self.slots.kv_length.shape
+        phase, kv_length = jax.device_get((self.state.lane.phase, self.state.lane.kv_length))
+        self.slots.kv_length = kv_length.reshape(shape).copy()
+        phase = phase.reshape(shape)
+        ready = [
+            (device, lane, owner)
+            for device, owners in enumerate(self.slots.owner)
+            for lane, owner in enumerate(owners)
+            if owner is not None and phase[device, lane] == DONE
+        ]
+        if not ready:
+            return []
+        written = jax.device_get(
+            (
+                self.state.lane,
+                self.state.probed.confidences,
+                self.state.tokens,
+                self.state.logprobs,
+                self.state.forced,
             )
         )
-        owner[b] = None
-    return completions
+        completions = []
+        for device, lane, (prompt, sample) in ready:
+            completions.append(completion_of(written, device * shape[1] + lane, prompt, sample))
+            self.slots.owner[device][lane] = None
+        return completions
+
+
+def completion_of(written, b: int, prompt: int, sample: int) -> Completion:
+    """Lane `b` of what was written: lane scalars, confidences, tokens, log-probs, forced."""
+    lane, confidences, tokens, logprobs, forced = written
+    n = lane.length[b]
+    return Completion(
+        prompt=prompt,
+        sample=sample,
+        tokens=tokens[b, :n].copy(),
+        logprobs=logprobs[b, :n].copy(),
+        forced=forced[b, :n].copy(),
+        reason=REASONS[lane.reason[b]],
+        confidences=confidences[b, : lane.probes[b]].copy(),
+        probe_tokens=int(lane.probe_tokens[b]),
+    )
 
 
 def identity(prompt: Sequence[int]) -> int:
@@ -238,8 +411,49 @@ def check_prompts(prompts: Sequence[Sequence[int]], longest: int) -> None:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to {longest}")
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+# ---------------------------------------------------------------------- how many lanes
+
+MEMORY_SHARE = 0.6  # of what is free; the rest is for growing, which needs the old cache beside the new one
+LANES_WITHOUT_LIMIT = 64  # a device, where it does not tell its memory (the CPU): more are no faster
+MOST_LANES = 512  # a device; beyond, a step is bound by compute and takes as much longer
+
+
+def free_bytes(device: jax.Device) -> int | None:
+    """Free memory of a device, None where it does not tell."""
+    memory = device.memory_stats()
+    if not memory or "bytes_limit" not in memory:
+        return None
+    return memory["bytes_limit"] - memory["bytes_in_use"]
+
+
+def lane_bytes(cfg: qwen.QwenConfig, machine: Machine, vocab: Vocabulary, capacity: int, dtype: Any) -> int:
+    """Memory of one lane with a full cache, float32 logits of a few copies included."""
+    back = reach(vocab.triggers)
+    state = jax.eval_shape(lambda: decode.empty_state(cfg, machine, 1, capacity, dtype, back))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return held + 4 * 4 * cfg.vocab_size
+
+
+def lanes_that_fit(free: Sequence[int | None], lane: int, wanted: int) -> int:
+    """Lanes of each device: as many as the poorest has memory for, never more than `wanted`.
+
+    Args:
+        free: bytes free on each device, None where it does not tell.
+        lane: bytes of a lane.
+        wanted: completions a device makes.
+
+    Raises:
+        UserError: not even one lane fits.
+    """
+    known = [f for f in free if f is not None]
+    most = min(int(f * MEMORY_SHARE) // lane for f in known) if known else LANES_WITHOUT_LIMIT
+    if most < 1:
+        raise UserError(
+            f"a device has {min(known) / 2**30:.2f} GiB free and one lane of the rollout takes "
+            f"{lane / 2**30:.2f} GiB; lower config.rollout.max_response_tokens or use more devices"
+        )
+    lanes = min(most, wanted, MOST_LANES)
+    return lanes if lanes < 8 else lanes // 8 * 8
 
 
 def build_engine(
@@ -250,35 +464,47 @@ def build_engine(
     *,
     truncate: bool,
     temperature: float,
+    top_k: int,
     top_p: float,
+    min_p: float,
     max_response: int,
     attention: Attention = XLA,
 ) -> RolloutEngine:
-    """The engine of a model: its token tables and the settings of a config's `rollout` part, in tokens."""
+    """The engine of a model: its token tables and the settings of a config's `rollout` part, in tokens.
+
+    Args:
+        described: the model but its weights.
+        config: the `rollout` part of a config.
+        mesh: with one axis, `data`.
+        dtype: of the compute.
+        truncate: False for plain sampling whatever `config.exit` says.
+        temperature: of the sampling, as are the next three.
+        top_k: 0 for no limit.
+        top_p: 1 for no limit.
+        min_p: 0 for no limit.
+        max_response: tokens of a completion.
+        attention: the implementation.
+    """
     tokenizer = described.tokenizer
-
-    def encode(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer.encode(text, add_special_tokens=False))
-
+    policy, judge_params = build_policy(config, tokenizer, dtype) if truncate else Built(None, None)
     machine = Machine(
-        truncate=truncate,
+        policy=policy,
         max_response=max_response,
         think_budget=int(config.think_ratio * max_response),
         budget_margin=config.budget_margin,
         max_probes=config.max_probes,
-        max_probe_tokens=config.max_probe_tokens,
         max_repetitions=config.max_repetitions,
-        delta=config.delta,
-        strict=config.strict,
         temperature=temperature,
         top_p=top_p,
         think_end=think_end_id(tokenizer),
         eos=described.eos_ids,
-        inducing=encode(config.inducing_prompt),
-        closing=encode(CLOSING),
+        closing=encode(tokenizer, CLOSING),
+        top_k=top_k,
+        min_p=min_p,
     )
     texts = token_bytes(tokenizer, described.config.vocab_size)
-    vocab = build_vocabulary(texts, tuple(config.triggers))
+    delimiters = tuple(config.verifier.delimiters) if machine.judge else ()
+    vocab = build_vocabulary(texts, tuple(config.triggers), delimiters)
     return RolloutEngine(
         described.config,
         machine,
@@ -288,4 +514,5 @@ def build_engine(
         dtype=jnp.dtype(config.cache_dtype or dtype),
         mesh=mesh,
         attention=attention,
+        judge_params=jax.device_put(judge_params, replicated(mesh)),
     )

@@ -4,10 +4,19 @@ Everything here is a pure function of one lane's scalars; `step_lanes` runs it o
 A step receives what the model says after the last token (`Observation`) and decides three things: which
 token is recorded in the completion (if any), which token is fed next, and where the cache stands.
 
-A probe feeds the inducing prompt and decodes greedily behind the text, without recording anything; when it
-ends, the lane's length in the cache is set back to where the probe began. What the probe wrote there lies
-beyond the length, is never read, and is written over. Randomness is folded from the position in the
-completion, which a probe does not advance, so a declined probe leaves no trace.
+A probe is a check of the exit policy (`policies`): it feeds a question behind the text and reads the answer,
+without recording anything; when it ends, the lane's length in the cache is set back to where it began. What
+it wrote there lies beyond the length, is never read, and is written over. Randomness is folded from the
+position in the completion, which a probe does not advance, so a declined probe leaves no trace.
+
+Whether a trigger stands is known only when what follows it is: "Wait" may go on as "Waiting". So its tokens
+are recorded like any others, and the sampled token that confirms it starts the probe as if it had never been
+written: the lane goes back to the place of the trigger's first token, and the confirming token is held. Where
+the probe is declined, PUT_BACK feeds the recorded tokens again, for the cache, and then records the held one.
+Where it is not, the answer is written over them.
+
+A check by a second model, a judge, begins at a delimiter, which is held until it ends and recorded whatever
+its outcome. Meanwhile the lane stands still: it feeds the delimiter again and again, in the same place.
 """
 
 from dataclasses import dataclass
@@ -17,10 +26,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from step_grpo.rollout.exits import probe_confidence
-from step_grpo.rollout.triggers import Vocabulary
+from step_grpo.rollout.policies import Judge, Look, Policy
+from step_grpo.rollout.triggers import Found, Recent, Vocabulary, find_trigger, remember
 
-THINK, PROBE, ANSWER, DONE = range(4)
+THINK, PROBE, ANSWER, DONE, PUT_BACK = range(5)
 
 # Why a completion left THINK. `length`: plain sampling met the response budget while still thinking.
 REASONS = ("unfinished", "natural", "early_exit", "budget", "rep", "eos", "length")
@@ -31,21 +40,42 @@ UNFINISHED, NATURAL, EARLY_EXIT, BUDGET, REPETITION, EOS, LENGTH = range(len(REA
 class Machine:
     """The static settings of a rollout, in tokens; hashable, so that a change is a new program."""
 
-    truncate: bool  # False: plain sampling, no probes, no budgets but the response's
+    policy: Policy | None  # None: plain sampling, no probes, no budgets but the response's
     max_response: int
     think_budget: int
     budget_margin: int
     max_probes: int
-    max_probe_tokens: int
     max_repetitions: int
-    delta: float
-    strict: bool
     temperature: float
     top_p: float
     think_end: int
     eos: tuple[int, ...]
-    inducing: tuple[int, ...]
     closing: tuple[int, ...]
+    top_k: int = 0
+    min_p: float = 0.0
+
+    @property
+    def truncate(self) -> bool:
+        """Whether there is anything but plain sampling."""
+        return self.policy is not None
+
+    @property
+    def judge(self) -> Judge | None:
+        """The second model that checks ask, if there is one."""
+        return self.policy.judge if self.policy else None
+
+    @property
+    def max_notes(self) -> int:
+        """What a check reads at most: `P`."""
+        return self.policy.max_notes if self.policy else 0
+
+    @property
+    def check_room(self) -> int:
+        """Tokens that a check needs in a cache besides prompt and response."""
+        if not self.policy:
+            return 0
+        prefix = len(self.policy.judge.prefix) if self.policy.judge else 0
+        return prefix + len(self.policy.question) + self.policy.max_notes
 
 
 class Lane(NamedTuple):
@@ -60,19 +90,22 @@ class Lane(NamedTuple):
     length: jax.Array  # tokens recorded in the completion
     queued: jax.Array  # tokens of the phase's forced text already fed or recorded
     probes: jax.Array  # finished probes
-    probe_length: jax.Array
+    probe_length: jax.Array  # distributions read
     probe_tokens: jax.Array  # steps spent in probes
-    held: jax.Array  # the trigger that a probe holds back
+    last_probe: jax.Array  # where the last one began, a position in the completion
+    held: jax.Array  # the token that confirmed the trigger which a probe holds back, or the delimiter
     held_logprob: jax.Array
-    exit_logprob: jax.Array  # of the first closing token where the trigger stood
+    pieces: jax.Array  # tokens recorded from the trigger's first on, which stand before the held one
+    exit_logprob: jax.Array  # of the first closing token where the trigger began
     resume: jax.Array  # kv_length to return to after the probe
     repetitions: jax.Array
     chunks: jax.Array  # triggers seen
+    text_state: jax.Array  # of the automaton that finds triggers, after the recorded text
+    delimiter_state: jax.Array  # of the one that finds delimiters
     chunk_start: jax.Array  # position in the completion
     chunk_hash: jax.Array  # sum over the distinct words of the chunk so far
     previous_hash: jax.Array  # of the chunk before
     word_hash: jax.Array  # of the word that is being written
-    after_letter: jax.Array  # the text ends in an ASCII letter
 
 
 class Observation(NamedTuple):
@@ -80,11 +113,14 @@ class Observation(NamedTuple):
 
     token: jax.Array  # sampled
     logprob: jax.Array  # of `token`, tempered
-    greedy: jax.Array  # most probable token
-    greedy_logprob: jax.Array  # its log-prob, untempered
+    look: Look  # of the exit policy, at the distribution of whom it asks
     closing_logprobs: jax.Array  # `[C]` of the closing tokens, tempered
-    is_trigger: jax.Array  # `token` would open a new step
-    finished_chunk_hash: jax.Array  # the chunk's word set if it ended here
+    is_delimiter: jax.Array  # `token` completes a delimiter
+    is_trigger: jax.Array  # `token` shows that a trigger stands, in the text before it or in its own
+    pieces: jax.Array  # tokens recorded since that trigger began
+    exit_logprob: jax.Array  # of the first closing token where it began, tempered
+    finished_chunk_hash: jax.Array  # the chunk's word set if it ended there
+    recorded: jax.Array  # the token that stands in the place of `token` already, in PUT_BACK
 
 
 class Emit(NamedTuple):
@@ -94,13 +130,13 @@ class Emit(NamedTuple):
     token: jax.Array
     logprob: jax.Array
     forced: jax.Array  # put in by the machine
-    trigger: jax.Array  # opens a new chunk
+    closing_logprob: jax.Array  # of the first closing token in its place, tempered
 
 
 class Probed(NamedTuple):
-    """What one lane's probe has seen: `[P]` top-1 log-probs, and `[max_probes]` confidences."""
+    """What one lane's probe has noted, `[P]`, and the scores of those that ended, `[max_probes]`."""
 
-    top1_logprobs: jax.Array
+    notes: jax.Array
     confidences: jax.Array
 
 
@@ -111,7 +147,10 @@ def step_lanes(machine: Machine, lane: Lane, probed: Probed, seen: Observation) 
 
 def step_lane(machine: Machine, lane: Lane, probed: Probed, seen: Observation) -> tuple[Lane, Probed, Emit]:
     """One transition of one lane, `lane.kv_length` already counting the token just fed."""
-    phases = (think_and_watch if machine.truncate else think, probe, answer, done)
+    # Plain sampling never comes to PROBE; `done` keeps its place.
+    phases = (
+        (think_and_watch, probe, answer, done, put_back) if machine.truncate else (think, done, answer, done)
+    )
     branches = [partial(phase, machine) for phase in phases]
     return jax.lax.switch(lane.phase, branches, lane, probed, seen)
 
@@ -130,83 +169,152 @@ def think(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
 
 
 def think_and_watch(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
-    """THINK of the truncated rollout: a trigger starts a probe or counts as a repetition."""
+    """THINK of the truncated rollout: a probe where the policy wants one; a trigger counts repetitions."""
+    assert machine.policy
     same = (lane.chunks > 0) & (seen.finished_chunk_hash == lane.previous_hash)
     repetitions = lane.repetitions + (seen.is_trigger & same)
     repeating = seen.is_trigger & (repetitions >= machine.max_repetitions)
-    probing = seen.is_trigger & ~repeating & (lane.probes < machine.max_probes)
-
     at_trigger = lane._replace(
         repetitions=repetitions,
         chunks=lane.chunks + 1,
         previous_hash=seen.finished_chunk_hash,
     )
     lane = select(seen.is_trigger, at_trigger, lane)
+    before = lane._replace(length=lane.length - seen.pieces, kv_length=lane.kv_length - seen.pieces)
+    since_last = before.length - lane.last_probe
+    probing = machine.policy.may_check(seen.is_trigger, seen.is_delimiter, since_last)
+    probing &= ~repeating & (lane.probes < machine.max_probes)
     exit_here, exit_emit = begin_answer(
-        machine, lane, jnp.int32(REPETITION), seen.closing_logprobs[0], lane.kv_length
+        machine, before, jnp.int32(REPETITION), seen.exit_logprob, before.kv_length
     )
-    probe_here = lane._replace(
-        phase=jnp.int32(PROBE),
-        token_in=jnp.int32(machine.inducing[0]),
-        queued=jnp.int32(1),
-        probe_length=jnp.int32(0),
-        held=seen.token,
-        held_logprob=seen.logprob,
-        exit_logprob=seen.closing_logprobs[0],
-        resume=lane.kv_length,
-    )
-    spent = lane.length + 1 >= machine.think_budget
-    natural = seen.token == machine.think_end
-    reason = first_reason((is_eos(machine, seen.token), EOS), (natural, NATURAL), (spent, BUDGET))
-    go_on = leave_thinking(machine, lane, reason, queued=jnp.where(natural, len(machine.closing), 0))
-    go_on = go_on._replace(
-        phase=jnp.where(reason == EOS, DONE, go_on.phase), token_in=seen.token, length=lane.length + 1
-    )
-    emit = sampled_emit(seen)._replace(valid=~probing, trigger=seen.is_trigger)
+    probe_here = begin_probe(machine, lane, before, seen)
+    go_on, emit = record_thought(machine, lane, sampled_emit(seen))
     return (
         select(repeating, exit_here, select(probing, probe_here, go_on)),
         probed,
-        select(repeating, exit_emit, emit),
+        select(repeating, exit_emit, emit._replace(valid=~probing)),
+    )
+
+
+def record_thought(machine: Machine, lane: Lane, emit: Emit) -> tuple[Lane, Emit]:
+    """Records a token of the thinking, and leaves THINK if it is the last one."""
+    spent = lane.length + 1 >= machine.think_budget
+    natural = emit.token == machine.think_end
+    reason = first_reason((is_eos(machine, emit.token), EOS), (natural, NATURAL), (spent, BUDGET))
+    lane = leave_thinking(machine, lane, reason, queued=jnp.where(natural, len(machine.closing), 0))
+    lane = lane._replace(
+        phase=jnp.where(reason == EOS, DONE, lane.phase), token_in=emit.token, length=lane.length + 1
+    )
+    return lane, emit
+
+
+def begin_probe(machine: Machine, lane: Lane, before: Lane, seen: Observation) -> Lane:
+    """Into PROBE: behind the text `before` the trigger, which is held with all that follows it.
+
+    A judge reads the sampled delimiter first, which stays where it is.
+    """
+    assert machine.policy
+    question = jnp.int32(machine.policy.question[0])
+    start, token_in, queued, pieces, exit_logprob = before, question, 1, seen.pieces, seen.exit_logprob
+    if machine.judge:
+        start, token_in, queued = lane, seen.token, 0
+        pieces, exit_logprob = jnp.int32(0), seen.closing_logprobs[0]
+    return start._replace(
+        phase=jnp.int32(PROBE),
+        token_in=token_in,
+        queued=jnp.int32(queued),
+        probe_length=jnp.int32(0),
+        last_probe=start.length,
+        held=seen.token,
+        held_logprob=seen.logprob,
+        pieces=pieces,
+        exit_logprob=exit_logprob,
+        resume=start.kv_length,
     )
 
 
 def probe(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
-    """PROBE: feed the inducing prompt, then the greedy answer; at its end exit, or put the trigger back."""
+    """PROBE: feed the question, then read the answer; at its end exit, or begin to put back what is held."""
+    assert machine.policy
     lane = lane._replace(probe_tokens=lane.probe_tokens + 1)
-    inducing = lane.queued < len(machine.inducing)
-    induce = lane._replace(
-        token_in=jnp.array(machine.inducing)[jnp.minimum(lane.queued, len(machine.inducing) - 1)],
-        queued=lane.queued + 1,
-    )
-    top1_logprobs = probed.top1_logprobs.at[lane.probe_length].set(seen.greedy_logprob)
+    question = machine.policy.question
+    asking = lane.queued < len(question)
+    asked = jnp.array(question)[jnp.minimum(lane.queued, len(question) - 1)]
+    notes = probed.notes.at[lane.probe_length].set(seen.look.note)
     length = lane.probe_length + 1
-    closed = seen.greedy == machine.think_end
-    ended = closed | is_eos(machine, seen.greedy) | (length >= machine.max_probe_tokens)
-    decoding = lane._replace(token_in=seen.greedy, probe_length=length)
-
-    confidence = probe_confidence(top1_logprobs, length, closed, strict=machine.strict)
-    near_budget = lane.length >= machine.think_budget - machine.budget_margin
-    reason = first_reason((confidence > machine.delta, EARLY_EXIT), (near_budget, BUDGET))
-    counted = lane._replace(probes=lane.probes + 1)
-    exited, exit_emit = begin_answer(machine, counted, reason, lane.exit_logprob, lane.resume)
-    declined = counted._replace(
-        phase=jnp.int32(THINK), token_in=lane.held, kv_length=lane.resume, length=lane.length + 1
+    closed = seen.look.token == machine.think_end
+    reading = machine.policy.read(notes, length, closed, closed | is_eos(machine, seen.look.token))
+    go_on = lane._replace(
+        token_in=jnp.where(asking, asked, seen.look.token),
+        queued=lane.queued + asking,
+        probe_length=jnp.where(asking, lane.probe_length, length),
     )
-    false, true = jnp.bool_(False), jnp.bool_(True)
-    put_back = Emit(true, lane.held, lane.held_logprob, false, true)
-    nothing = put_back._replace(valid=false)
+    if machine.judge:  # who is fed by `judge_input`
+        go_on = go_on._replace(token_in=lane.held, kv_length=lane.resume)
 
-    exits = reason != UNFINISHED
-    after = select(inducing, induce, select(~ended, decoding, select(exits, exited, declined)))
-    emit = select(inducing | ~ended, nothing, select(exits, exit_emit, put_back))
-    finished = ~inducing & ended
+    near_budget = lane.length >= machine.think_budget - machine.budget_margin
+    passes = machine.policy.passes(reading.score)
+    reason = first_reason((passes, EARLY_EXIT), (near_budget, BUDGET))
+    counted = lane._replace(probes=lane.probes + 1, kv_length=lane.resume)
+    end_probe = exit_aside if machine.judge else exit_behind
+    exited, exit_emit = end_probe(machine, counted, reason)
+    declined, put_back_emit = put_back_next(machine, counted, seen.recorded, lane.exit_logprob)
+
+    finished, exits = ~asking & reading.ended, reason != UNFINISHED
+    after = select(finished, select(exits, exited, declined), go_on)
+    emit = select(exits, exit_emit, put_back_emit)
     probed = Probed(
-        top1_logprobs=jnp.where(inducing, probed.top1_logprobs, top1_logprobs),
+        notes=jnp.where(asking, probed.notes, notes),
         confidences=jnp.where(
-            finished, probed.confidences.at[lane.probes].set(confidence), probed.confidences
+            finished, probed.confidences.at[lane.probes].set(reading.score), probed.confidences
         ),
     )
-    return after, probed, emit
+    return after, probed, emit._replace(valid=emit.valid & finished)
+
+
+def judge_input(machine: Machine, lane: Lane) -> tuple[jax.Array, jax.Array]:
+    """The token that a judge is fed beside the lane's own, `[B]`, and its place in the judge's cache.
+
+    It is the lane's own, behind the judge's prefix; during a check, once the delimiter is fed, the question.
+    The judge's length follows from the lane's, so that a check that ends leaves nothing to be undone.
+    """
+    assert machine.policy and machine.judge
+    asked = jnp.where(lane.phase == PROBE, lane.queued, 0)
+    question = jnp.array((0, *machine.policy.question))[asked]
+    token = jnp.where(asked > 0, question, lane.token_in)
+    return token, len(machine.judge.prefix) + lane.kv_length + asked
+
+
+def exit_behind(machine: Machine, lane: Lane, reason: jax.Array) -> tuple[Lane, Emit]:
+    """Out of a check into ANSWER, in place of the held trigger."""
+    return begin_answer(machine, lane, reason, lane.exit_logprob, lane.kv_length)
+
+
+def exit_aside(machine: Machine, lane: Lane, reason: jax.Array) -> tuple[Lane, Emit]:
+    """Out of a judge's check into ANSWER: the held delimiter is recorded, the closing text follows."""
+    lane = leave_thinking(machine, lane, reason, queued=0)
+    emit = Emit(jnp.bool_(True), lane.held, lane.held_logprob, jnp.bool_(False), lane.exit_logprob)
+    return lane._replace(token_in=lane.held, length=lane.length + 1), emit
+
+
+def put_back(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
+    """PUT_BACK: after a declined probe, feed the recorded tokens again; then record the held one."""
+    lane = lane._replace(probe_tokens=lane.probe_tokens + 1)
+    lane, emit = put_back_next(machine, lane, seen.recorded, seen.closing_logprobs[0])
+    return lane, probed, emit
+
+
+def put_back_next(
+    machine: Machine, lane: Lane, recorded: jax.Array, closing_logprob: jax.Array
+) -> tuple[Lane, Emit]:
+    """The next token that a probe held back: one that is recorded already, or at last the held one."""
+    again = lane._replace(
+        phase=jnp.int32(PUT_BACK), token_in=recorded, length=lane.length + 1, pieces=lane.pieces - 1
+    )
+    held = Emit(jnp.bool_(True), lane.held, lane.held_logprob, jnp.bool_(False), closing_logprob)
+    last, emit = record_thought(machine, lane, held)
+    more = lane.pieces > 0
+    return select(more, again, last), emit._replace(valid=~more)
 
 
 def answer(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
@@ -222,7 +330,7 @@ def answer(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
         length=lane.length + 1,
     )
     logprob = jnp.where(closing, seen.closing_logprobs[at], seen.logprob)
-    return lane, probed, Emit(jnp.bool_(True), token, logprob, closing, jnp.bool_(False))
+    return lane, probed, Emit(jnp.bool_(True), token, logprob, closing, seen.closing_logprobs[0])
 
 
 def done(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
@@ -235,7 +343,7 @@ def done(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
 def begin_answer(
     machine: Machine, lane: Lane, reason: jax.Array, logprob: jax.Array, kv_length: jax.Array
 ) -> tuple[Lane, Emit]:
-    """Into ANSWER in place of a held trigger: the first closing token is recorded at once."""
+    """Into ANSWER in place of a trigger: the first closing token is recorded at once."""
     token = jnp.int32(machine.closing[0])
     lane = lane._replace(
         phase=jnp.int32(ANSWER),
@@ -245,7 +353,7 @@ def begin_answer(
         length=lane.length + 1,
         queued=jnp.int32(1),
     )
-    return lane, Emit(jnp.bool_(True), token, logprob, jnp.bool_(True), jnp.bool_(False))
+    return lane, Emit(jnp.bool_(True), token, logprob, jnp.bool_(True), logprob)
 
 
 def leave_thinking(machine: Machine, lane: Lane, reason: jax.Array, queued) -> Lane:
@@ -269,7 +377,7 @@ def is_eos(machine: Machine, token: jax.Array) -> jax.Array:
 
 def sampled_emit(seen: Observation) -> Emit:
     """Records the sampled token."""
-    return Emit(jnp.bool_(True), seen.token, seen.logprob, jnp.bool_(False), jnp.bool_(False))
+    return Emit(jnp.bool_(True), seen.token, seen.logprob, jnp.bool_(False), seen.closing_logprobs[0])
 
 
 def select(condition: jax.Array, chosen, other):
@@ -277,25 +385,45 @@ def select(condition: jax.Array, chosen, other):
     return jax.tree.map(partial(jnp.where, condition), chosen, other)
 
 
-def read_text(lane: Lane, words_BR: jax.Array, vocab: Vocabulary, emit: Emit, start: jax.Array):
-    """Updates what a lane knows of its own text by one recorded token: words, chunk, last letter.
+def watch_text(lane: Lane, recent: Recent, vocab: Vocabulary, token_B: jax.Array, here: Recent) -> Found:
+    """The trigger that a token would confirm behind each lane's text; `here` is what the token meets, `[B]`.
+
+    A chunk that is over before it began, because the trigger begins in the last token of the one before, is
+    empty like one of no token.
+    """
+    found = find_trigger(vocab.triggers, recent, lane.text_state, token_B, here)
+    begin = found.begin
+    chunk_hash = jnp.where(begin.position > lane.chunk_start, begin.chunk_hash, mix(jnp.uint32(0)))
+    return found._replace(begin=begin._replace(chunk_hash=chunk_hash))
+
+
+def read_text(
+    lane: Lane, words_BR: jax.Array, recent: Recent, vocab: Vocabulary, emit: Emit, here: Recent
+) -> tuple[Lane, jax.Array, Recent]:
+    """Updates what a lane knows of its own text by one recorded token: words, chunk, triggers.
 
     Two chunks hold the same set of space-separated words exactly when the sums over their distinct words'
     mixed hashes agree (up to a chance of about 2**-32). A word counts when it is first met in its chunk,
-    which is looked up among the words that ended at each position of it.
+    which is looked up among the words that ended at each position of it. A chunk begins behind the last
+    token of a trigger, and ends before the first one of the next.
 
     Args:
         lane: after the transition, leaves `[B]`.
         words_BR: `[B, R, 2]` hashes of the words that ended at each position (0: none).
+        recent: of the text before the token.
         vocab: token tables.
         emit: what was recorded, leaves `[B]`.
-        start: `[B]` position of the recorded token.
+        here: what the token met, `[B]`; its position is that of the recorded token.
 
     Returns:
-        The lane and the words after the token.
+        The lane, the words and the memory after the token.
     """
-    token = emit.token
-    spaced = emit.valid & ~emit.trigger & vocab.has_space[token]
+    token, start = emit.token, here.position
+    found = find_trigger(vocab.triggers, recent, lane.text_state, token, here)
+    opens = emit.valid & found.confirmed
+    lane = open_chunk(lane, opens & found.ends_before, start)
+    opens_after = opens & ~found.ends_before
+    spaced = emit.valid & ~opens_after & vocab.has_space[token]
     joined = lane.word_hash * vocab.prefix_power[token] + vocab.prefix_hash[token]
     prefix = mix(joined)
     inside = mix(vocab.inside_hash[token])
@@ -307,17 +435,28 @@ def read_text(lane: Lane, words_BR: jax.Array, vocab: Vocabulary, emit: Emit, st
     rows = jnp.arange(words_BR.shape[0])
     at = jnp.where(emit.valid, start, words_BR.shape[1])
     words_BR = words_BR.at[rows, at].set(ended, mode="drop")
-    opens = emit.valid & emit.trigger
     word = jnp.where(vocab.has_space[token], vocab.suffix_hash[token], joined)
+    after = vocab.triggers.next_state[lane.text_state, vocab.triggers.token_class[token]]
     lane = lane._replace(
-        chunk_start=jnp.where(opens, start + 1, lane.chunk_start),
-        chunk_hash=jnp.where(opens, jnp.uint32(0), total),
-        word_hash=jnp.where(opens, jnp.uint32(0), jnp.where(emit.valid, word, lane.word_hash)),
-        after_letter=jnp.where(
-            emit.valid & ~vocab.empty[token], vocab.ends_in_letter[token], lane.after_letter
-        ),
+        chunk_hash=total,
+        word_hash=jnp.where(emit.valid, word, lane.word_hash),
+        text_state=jnp.where(emit.valid, after, lane.text_state),
     )
-    return lane, words_BR
+    recent = remember(recent, jnp.where(emit.valid, vocab.size[token], 0), here)
+    return open_chunk(lane, opens_after, start + 1), words_BR, recent
+
+
+def read_delimiters(lane: Lane, vocab: Vocabulary, emit: Emit) -> Lane:
+    """Updates the automaton that finds delimiters by one recorded token, leaves `[B]`."""
+    after = vocab.delimiters.next_state[lane.delimiter_state, vocab.delimiters.token_class[emit.token]]
+    return lane._replace(delimiter_state=jnp.where(emit.valid, after, lane.delimiter_state))
+
+
+def open_chunk(lane: Lane, opens_B: jax.Array, start_B: jax.Array) -> Lane:
+    """Begins a new chunk at position `start_B` of the lanes where `opens_B`."""
+    no_hash = jnp.zeros_like(lane.chunk_hash)
+    fresh = lane._replace(chunk_start=start_B, chunk_hash=no_hash, word_hash=no_hash)
+    return select(opens_B, fresh, lane)
 
 
 def finished_chunk_hash(lane: Lane, words_BR: jax.Array) -> jax.Array:

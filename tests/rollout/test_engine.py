@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 from brute_force import BruteForce
 
+from step_grpo.errors import UserError
 from step_grpo.mesh import make_mesh
 from step_grpo.model import qwen
-from step_grpo.rollout.engine import RolloutEngine, identity
+from step_grpo.rollout import engine as engine_module
+from step_grpo.rollout import programs
+from step_grpo.rollout.engine import RolloutEngine, identity, lanes_that_fit
 from step_grpo.rollout.phases import Machine
+from step_grpo.rollout.policies import Confidence, Judge, Sufficiency, Verifier
 from step_grpo.rollout.triggers import build_vocabulary
 
 TEXTS = [
@@ -29,16 +33,44 @@ TEXTS = [
     b"{",
     b"}",
 ]
+# Triggers in pieces, with texts around them and empty tokens in between; two in one token's reach.
+SPLIT_TEXTS = [
+    b"<eos>",
+    b"<end>",
+    b"</think>",
+    b"W",
+    b" Wa",
+    b"ait",
+    b"it",
+    b" Wait.",
+    b"Hold",
+    b" on",
+    b"",
+    b"\n",
+    b"Wait",
+    b" a",
+]
 CFG = qwen.QwenConfig(
     vocab_size=len(TEXTS), width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e4,
     rms_eps=1e-6, tied=False, qk_norm=True, qkv_bias=False, init_std=0.35,
 )  # fmt: skip
-MACHINE = Machine(
-    truncate=True, max_response=72, think_budget=60, budget_margin=8, max_probes=4, max_probe_tokens=5,
-    max_repetitions=2, delta=0.3, strict=False, temperature=1.0, top_p=1.0, think_end=2, eos=(0, 1),
-    inducing=(11, 12), closing=(11, 2, 11),
+# Another architecture, with another width, reads along as the verifier.
+JUDGE_CFG = qwen.QwenConfig(
+    vocab_size=len(TEXTS), width=24, layers=1, heads=2, kv_heads=1, head_dim=12, ffn=32, rope_theta=1e4,
+    rms_eps=1e-6, tied=True, qk_norm=False, qkv_bias=True, init_std=0.5,
 )  # fmt: skip
-TRIGGERS = ("Wait",)
+PROBE = Confidence(question=(11, 12), max_notes=5, delta=0.3, strict=False, early_abort=False)
+SUFFICIENCY = Sufficiency(question=(11, 9, 12), yes=(7, 8), no=(9, 3, 4), threshold=60, min_gap=4)
+VERIFIER = Verifier(
+    question=(12, 13), yes=(9, 7), no=(8, 3, 4), threshold=0.6, judge=Judge(JUDGE_CFG, prefix=(9, 11, 7))
+)
+MACHINE = Machine(
+    policy=PROBE, max_response=72, think_budget=60, budget_margin=8, max_probes=4, max_repetitions=2,
+    temperature=1.0, top_p=1.0, think_end=2, eos=(0, 1), closing=(11, 2, 11),
+)  # fmt: skip
+TEXTS_OF = {False: TEXTS, True: SPLIT_TEXTS}
+TRIGGERS = ("Wait", "Hold on")
+DELIMITERS = ("bc", "\n", "it", " aW")  # in pieces, alone, in and around a trigger
 PROMPTS = [(7, 9, 11), (8,), (9, 9, 7, 13, 12), (10, 11)]
 KEY = jax.random.key(3)
 
@@ -51,38 +83,67 @@ def make_params():
     return {**params, "head_DV": params["head_DV"] * scale}
 
 
+@functools.cache
+def make_judge():
+    return qwen.init_params(JUDGE_CFG, 2)
+
+
 @pytest.fixture
 def params():
     return make_params()
 
 
 @functools.cache
-def run_named(name):
-    return run(make_params(), MACHINES[name])
+def run_named(name, split=False):
+    return run(make_params(), MACHINES[name], split=split)
 
 
-def run(params, machine, lanes=4, prompts=PROMPTS, samples=3):
-    mesh = make_mesh(lanes)
-    vocab = build_vocabulary(TEXTS, TRIGGERS)
-    engine = RolloutEngine(CFG, machine, vocab, lanes=lanes, max_prompt=8, dtype=jnp.float32, mesh=mesh)
+def make_engine(machine, lanes, mesh, split=False):
+    vocab = build_vocabulary(TEXTS_OF[split], TRIGGERS, DELIMITERS)
+    judge = VERIFIER.judge_params(make_judge(), jnp.float32) if machine.judge else None
+    return RolloutEngine(
+        CFG, machine, vocab, lanes=lanes, max_prompt=8, dtype=jnp.float32, mesh=mesh, judge_params=judge
+    )
+
+
+def run(params, machine, lanes=4, prompts=PROMPTS, samples=3, split=False):
+    engine = make_engine(machine, lanes, make_mesh(lanes), split)
     return engine(qwen.decode_params(params, jnp.float32), prompts, samples, KEY)[0]
 
 
 MACHINES = {
     "truncated": MACHINE,
-    "strict": dataclasses.replace(MACHINE, strict=True, delta=0.05, max_probe_tokens=8),
-    "tempered": dataclasses.replace(MACHINE, temperature=0.7, top_p=0.9),
-    "repetitive": dataclasses.replace(MACHINE, delta=1.0, max_repetitions=1, max_probes=2),
-    "plain": dataclasses.replace(MACHINE, truncate=False),
-    "greedy": dataclasses.replace(MACHINE, truncate=False, temperature=0.0),
+    "strict": dataclasses.replace(
+        MACHINE, policy=dataclasses.replace(PROBE, strict=True, delta=0.05, max_notes=8)
+    ),
+    "tempered": dataclasses.replace(
+        MACHINE,
+        policy=dataclasses.replace(PROBE, delta=0.6),
+        temperature=0.7,
+        top_k=10,
+        top_p=0.9,
+        min_p=0.01,
+    ),
+    "repetitive": dataclasses.replace(
+        MACHINE, policy=dataclasses.replace(PROBE, delta=1.0), max_repetitions=1, max_probes=2
+    ),
+    "sufficiency": dataclasses.replace(MACHINE, policy=SUFFICIENCY),
+    "verifier": dataclasses.replace(MACHINE, policy=VERIFIER),
+    "plain": dataclasses.replace(MACHINE, policy=None),
+    "greedy": dataclasses.replace(MACHINE, policy=None, temperature=0.0),
 }
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 @pytest.mark.parametrize("name", MACHINES)
-def test_engine_equals_brute_force_loop(params, name):
+def test_engine_equals_brute_force_loop(params, name, split):
+    if split and not MACHINES[name].truncate:
+        pytest.skip("plain sampling reads no text")
     machine = MACHINES[name]
-    reference = BruteForce(params, CFG, machine, TEXTS, TRIGGERS, longest=96)
-    for c in run_named(name):
+    reference = BruteForce(
+        params, CFG, machine, TEXTS_OF[split], TRIGGERS, longest=96, judge=make_judge(), delimiters=DELIMITERS
+    )
+    for c in run_named(name, split):
         prompt = PROMPTS[c.prompt]
         tokens, logprobs, forced, reason, confidences = reference(prompt, KEY, identity(prompt), c.sample)
         assert c.tokens.tolist() == tokens
@@ -92,9 +153,10 @@ def test_engine_equals_brute_force_loop(params, name):
         np.testing.assert_allclose(c.confidences, confidences, atol=1e-4)
 
 
-def test_brute_force_cases_reach_every_reason():
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_brute_force_cases_reach_every_reason(split):
     """Else the comparison above would compare less than it says."""
-    seen = {c.reason for name in MACHINES for c in run_named(name)}
+    seen = {c.reason for name in MACHINES for c in run_named(name, split)}
     assert seen == {"natural", "early_exit", "budget", "rep", "eos", "length"}
 
 
@@ -107,9 +169,21 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("lanes", [1, 3, 16])
-def test_lanes_and_refill_change_nothing(params, lanes):
-    assert same(run_named("truncated"), run(params, MACHINE, lanes=lanes))
+@pytest.mark.parametrize("name", ["sufficiency", "verifier"])
+def test_policies_both_pass_and_decline(name):
+    runs = [c for split in (False, True) for c in run_named(name, split)]
+    scores = np.concatenate([c.confidences for c in runs])
+    passes = MACHINES[name].policy.passes(scores)
+    assert np.sum(passes) > 3 and np.sum(~passes) > 10
+    assert np.all((scores >= 0) & (scores <= 1))
+    assert np.sum(passes) == sum(c.reason == "early_exit" for c in runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "lanes"), [("truncated", 1), ("truncated", 3), ("truncated", 16), ("verifier", 3)]
+)
+def test_lanes_and_refill_change_nothing(params, name, lanes):
+    assert same(run_named(name), run(params, MACHINES[name], lanes=lanes))
 
 
 def test_order_and_company_of_prompts_change_nothing(params):
@@ -119,18 +193,140 @@ def test_order_and_company_of_prompts_change_nothing(params):
     assert same(here, [there[c.prompt, c.sample] for c in here])
 
 
-def test_declined_probe_leaves_tokens_and_randomness_unchanged(params):
-    """Probes that can never pass, in a machine without other exits, give plain sampling."""
+NEVER = {
+    "confidence": dataclasses.replace(PROBE, delta=1.0),
+    "sufficiency": dataclasses.replace(SUFFICIENCY, threshold=101),
+    "verifier": dataclasses.replace(VERIFIER, threshold=1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("confidence", False), ("confidence", True), ("sufficiency", True), ("verifier", True)],
+)
+def test_declined_probe_leaves_tokens_and_randomness_unchanged(params, name, split):
+    """Checks that can never pass, in a machine without other exits, give plain sampling."""
     never = dataclasses.replace(
-        MACHINE, delta=1.0, think_budget=10**6, budget_margin=0, max_repetitions=10**6, max_probes=50
+        MACHINE,
+        policy=NEVER[name],
+        think_budget=10**6,
+        budget_margin=0,
+        max_repetitions=10**6,
+        max_probes=50,
     )
-    probed, plain = run(params, never), run_named("plain")
+    probed, plain = run(params, never, split=split), run_named("plain")
     assert sum(len(c.confidences) for c in probed) > 30
     assert all(a.tokens.tolist() == b.tokens.tolist() for a, b in zip(probed, plain, strict=True))
     for a, b in zip(probed, plain, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "saves"), [("truncated", False), ("tempered", True), ("repetitive", True)])
+def test_early_abort_of_probes_changes_nothing_but_their_cost(params, name, saves):
+    full = run_named(name)
+    policy = dataclasses.replace(MACHINES[name].policy, early_abort=True)
+    early, delta = run(params, dataclasses.replace(MACHINES[name], policy=policy)), policy.delta
+    assert same(full, early)
+    for a, b in zip(full, early, strict=True):
+        assert a.forced.tolist() == b.forced.tolist()
+        assert (a.confidences > delta).tolist() == (b.confidences > delta).tolist()
+        assert b.probe_tokens <= a.probe_tokens
+    assert saves == (sum(c.probe_tokens for c in early) < sum(c.probe_tokens for c in full))
+
+
 def test_prompt_too_long_is_refused(params):
     with pytest.raises(ValueError, match="prompt 0 has 9 tokens; expected 1 to 8"):
         run(params, MACHINE, prompts=[tuple(range(9))])
+
+
+def test_cache_that_grows_and_lanes_that_are_packed_change_nothing(params, monkeypatch):
+    small_steps(monkeypatch)
+    mesh = make_mesh(2)
+    engine = make_engine(MACHINE, lanes=16, mesh=mesh)
+    completions, stats = engine(qwen.decode_params(params, jnp.float32), PROMPTS, 5, KEY)
+    assert stats.resizes >= 4  # both capacities, then 8, 4, 2 lanes
+    first = [c for c in completions if c.sample < 3]
+    assert same(run_named("truncated"), first)
+
+
+def test_cache_shrinks_when_the_long_completions_are_done(params, monkeypatch):
+    small_steps(monkeypatch)
+    monkeypatch.setattr(programs, "PACKINGS", 0)
+    capacities = []
+    resize = programs.Programs.resize
+    monkeypatch.setattr(
+        programs.Programs, "resize", lambda self, state, c: (capacities.append(c), resize(self, state, c))[1]
+    )
+    engine = make_engine(MACHINE, lanes=1, mesh=make_mesh(1))
+    completions, _ = engine(qwen.decode_params(params, jnp.float32), PROMPTS, 3, KEY)
+    assert 64 in capacities and 128 in capacities
+    assert same(run_named("truncated"), completions)
+
+
+def test_nothing_compiles_after_the_first_batch(params, monkeypatch):
+    small_steps(monkeypatch)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _, **__: compiled.append(name) if "compile" in name else None
+    )
+    weights = qwen.decode_params(params, jnp.float32)
+    keys = [jax.random.fold_in(KEY, i) for i in range(11)]
+    engine = make_engine(MACHINE, lanes=8, mesh=make_mesh(2))
+    engine(weights, PROMPTS[1:2], 1, keys[0])
+    assert compiled
+    compiled.clear()
+    for i in range(10):
+        prompts = [(7 + (i + p) % 4,) * (1 + (i + 3 * p) % 8) for p in range(1 + i)]
+        engine(weights, prompts, 1 + i % 3, keys[1 + i])
+    assert not compiled
+
+
+def test_prompt_is_prefilled_once_for_its_group(params):
+    engine = make_engine(MACHINE, lanes=2, mesh=make_mesh(1))
+    _, stats = engine(qwen.decode_params(params, jnp.float32), PROMPTS, 7, KEY)
+    assert stats.prefilled == len(PROMPTS) * 32  # one row of 32 tokens at a time
+
+
+def test_live_steps_count_the_tokens_that_were_fed(params):
+    completions, stats = make_engine(MACHINES["plain"], lanes=4, mesh=make_mesh(2))(
+        qwen.decode_params(params, jnp.float32), PROMPTS, 3, KEY
+    )
+    assert stats.live_steps == sum(len(c.tokens) for c in completions) <= stats.lane_steps
+
+
+def small_steps(monkeypatch):
+    """Shapes so close together that short completions pass through all of them."""
+    monkeypatch.setattr(engine_module, "SEGMENT_STEPS", 8)
+    monkeypatch.setattr(programs, "LEAST_CAPACITY", 32)
+    monkeypatch.setattr(programs, "LEAST_LANES", 1)
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "lanes"),
+    [([1000, 400], 100, 24), ([1000, 50], 100, 3), ([None], 100, 64), ([None], 5, 5), ([10**9], 10**9, 512)],
+)
+def test_lanes_follow_the_poorest_device(free, wanted, lanes):
+    assert lanes_that_fit(free, 10, wanted) == lanes
+
+
+def test_device_without_room_for_a_lane_is_named():
+    with pytest.raises(UserError, match=r"config\.rollout\.max_response_tokens"):
+        lanes_that_fit([2**30], 2**31, 4)
+
+
+def test_engine_chooses_its_lanes(params):
+    engine = make_engine(MACHINE, lanes=0, mesh=make_mesh(2))
+    completions, _ = engine(qwen.decode_params(params, jnp.float32), PROMPTS, 3, KEY)
+    assert same(run_named("truncated"), completions)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "capacity", "devices"), [(64, 315, 1), (128, 18459, 2), (3, 87, 1), (1, 40, 1)]
+)
+def test_ladder_ends_at_what_the_longest_needs(lanes, capacity, devices):
+    ladder = programs.make_ladder(lanes, capacity, 2048, devices)
+    assert ladder.capacities[-1] >= capacity and ladder.capacities[-1] - capacity < 64
+    assert list(ladder.capacities) == sorted(set(ladder.capacities))
+    assert ladder.widths[-1] == 2048
+    assert ladder.packed[0] == lanes and all(n % devices == 0 for n in ladder.packed)
+    assert len(set(ladder.shapes)) == len(ladder.shapes)

@@ -1,17 +1,19 @@
 """The confidence of a tentative answer, and what the machine makes of it."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_grpo.rollout import phases
 from step_grpo.rollout.decode import fresh_lanes
-from step_grpo.rollout.exits import probe_confidence
+from step_grpo.rollout.exits import probe_confidence, probe_is_hopeless
 from step_grpo.rollout.phases import ANSWER, PROBE, THINK, Lane, Machine, Observation, Probed
+from step_grpo.rollout.policies import Confidence, Look
 
 PROBABILITY = st.one_of(st.floats(1e-14, 1), st.sampled_from([0.0, 1e-12, 1e-10, 1.0]))
 ANSWERS = st.lists(st.tuples(st.lists(PROBABILITY, min_size=6, max_size=6), st.integers(0, 6), st.booleans()))
@@ -68,13 +70,74 @@ def test_what_lies_behind_the_answer_is_not_read():
     assert float(probe_confidence(noise, jnp.int32(2), jnp.bool_(True), strict=True)) == pytest.approx(0.9)
 
 
+# ---------------------------------------------------------------------- giving up early
+
+P = 20
+LOGPROB = st.one_of(
+    st.floats(-30, 0, width=32), st.floats(-0.125, 0, width=32), st.just(0.0), st.just(-math.inf)
+)
+
+
+@st.composite
+def whole_probes(draw):
+    """Top-1 log-probs `[P]`, the length, and a delta; often one right at, or next to, the confidence.
+
+    Long runs of certain tokens after a few others make the bound tight.
+    """
+    head = draw(st.lists(LOGPROB, max_size=P))
+    common = draw(LOGPROB)
+    row = np.array([*head, *[common] * (P - len(head))], np.float32)
+    length = draw(st.one_of(st.just(P), st.integers(1, P)))
+    exact = float(probe_confidence(jnp.array(row), jnp.int32(length), jnp.bool_(True), strict=False))
+    neighbours = [float(np.nextafter(np.float32(exact), np.float32(to))) for to in (0, 1)]
+    delta = draw(st.one_of(st.sampled_from([exact, *neighbours, 0.0, 0.95, 1.0]), st.floats(0, 1)))
+    return row, length, delta
+
+
+def hopeless(row, delta):
+    """After each token, `[P]`."""
+    rows = jnp.broadcast_to(jnp.array(row), (P, P))
+    return np.array(probe_is_hopeless(rows, jnp.arange(1, P + 1), delta=delta))
+
+
+@settings(max_examples=400)
+@given(whole_probes(), st.booleans(), st.booleans())
+def test_probe_that_would_exit_is_never_given_up(probe, closed, strict):
+    row, length, delta = probe
+    full = probe_confidence(jnp.array(row), jnp.int32(length), jnp.bool_(closed), strict=strict)
+    if bool(full > delta):
+        assert not hopeless(row, delta)[:length].any()
+
+
+@settings(max_examples=400)
+@given(whole_probes())
+def test_probe_is_given_up_as_soon_as_certain_tokens_to_the_end_would_not_do(probe):
+    """The bound is the best there is; within its margin for rounding either answer is right."""
+    row, _, delta = probe
+    for m, given_up in enumerate(hopeless(row, delta), start=1):
+        counted = np.clip(row[1:m].astype(np.float64), math.log(1e-10), 0)
+        best = math.exp(counted.sum() / (P - 1))
+        if best < delta * (1 - 1e-3):
+            assert given_up
+        elif best > delta:
+            assert not given_up
+
+
+@given(whole_probes())
+def test_score_of_a_given_up_probe_is_not_above_delta(probe):
+    row, _, delta = probe
+    lengths = jnp.arange(1, P + 1)
+    so_far = probe_confidence(jnp.broadcast_to(row, (P, P)), lengths, jnp.zeros(P, bool), strict=False)
+    assert not np.any(np.array(so_far > delta) & hopeless(row, delta))
+
+
 # ---------------------------------------------------------------------- the machine's test
 
 THINK_END, WAIT = 2, 3
 MACHINE = Machine(
-    truncate=True, max_response=100, think_budget=90, budget_margin=10, max_probes=4, max_probe_tokens=5,
-    max_repetitions=3, delta=0.5, strict=True, temperature=1.0, top_p=1.0, think_end=THINK_END, eos=(0,),
-    inducing=(4, 5), closing=(6, THINK_END, 6),
+    policy=Confidence(question=(4, 5), max_notes=5, delta=0.5, strict=True, early_abort=True),
+    max_response=100, think_budget=90, budget_margin=10, max_probes=4, max_repetitions=3, temperature=1.0,
+    top_p=1.0, think_end=THINK_END, eos=(0,), closing=(6, THINK_END, 6),
 )  # fmt: skip
 
 
@@ -83,7 +146,7 @@ def end_of_probe(delta: float, last_logprob: float, length: int = 20) -> tuple[L
     one = jnp.zeros(1, jnp.int32)
     lane = fresh_lanes(one, one, one + 7, one)._replace(
         phase=one + PROBE,
-        queued=one + len(MACHINE.inducing),
+        queued=one + len(MACHINE.policy.question),
         probe_length=one + 1,
         held=one + WAIT,
         resume=one + 26,
@@ -93,13 +156,16 @@ def end_of_probe(delta: float, last_logprob: float, length: int = 20) -> tuple[L
     seen = Observation(
         token=one + 9,
         logprob=jnp.zeros(1),
-        greedy=one + THINK_END,
-        greedy_logprob=jnp.full(1, last_logprob),
+        look=Look(one + THINK_END, jnp.full(1, last_logprob)),
         closing_logprobs=jnp.zeros((1, 3)),
+        is_delimiter=jnp.zeros(1, bool),
         is_trigger=jnp.zeros(1, bool),
+        pieces=one,
+        exit_logprob=jnp.zeros(1),
         finished_chunk_hash=jnp.zeros(1, jnp.uint32),
+        recorded=one,
     )
-    machine = Machine(**{**vars(MACHINE), "delta": delta})
+    machine = dataclasses.replace(MACHINE, policy=dataclasses.replace(MACHINE.policy, delta=delta))
     lane, _, emit = phases.step_lanes(machine, lane, Probed(jnp.zeros((1, 5)), jnp.zeros((1, 4))), seen)
     return lane, emit
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from step_grpo.data.tiny_tokenizer import build_tokenizer
 from step_grpo.rollout.decode import fresh_lanes
 from step_grpo.rollout.phases import Emit, finished_chunk_hash, read_text
-from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, token_bytes
+from step_grpo.rollout.triggers import Recent, Vocabulary, build_vocabulary, nothing_recent, token_bytes
 
 LONGEST = 96
 TOKENIZER = build_tokenizer()
@@ -26,16 +26,15 @@ def chunk_hash(vocab, tokens, valid):
     words = jnp.zeros((1, LONGEST, 2), jnp.uint32)
 
     def record(carry, token):
-        lane, words = carry
+        lane, words, recent = carry
         token, valid = token
-        flagged = (token == WAIT) & valid
         nothing = jnp.zeros(1)
-        emit = Emit(valid[None], token[None], nothing, nothing > 0, flagged[None])
-        start = lane.length
-        lane = lane._replace(length=start + valid)
-        return read_text(lane, words, vocab, emit, start), finished_chunk_hash(lane, words)
+        emit = Emit(valid[None], token[None], nothing, nothing > 0, nothing)
+        here = Recent(lane.length, nothing, nothing.astype(jnp.uint32))
+        lane = lane._replace(length=lane.length + valid)
+        return read_text(lane, words, recent, vocab, emit, here), None
 
-    (lane, words), _ = jax.lax.scan(record, (lane, words), (tokens, valid))
+    (lane, words, _), _ = jax.lax.scan(record, (lane, words, nothing_recent(1, 4)), (tokens, valid))
     return finished_chunk_hash(lane, words), lane
 
 
@@ -60,7 +59,7 @@ def inner_words(text: bytes) -> set[bytes]:
 
 
 # Left out: tokens with several whole words inside, which count as one word.
-IDS = [i for i in range(len(TOKENIZER)) if i != WAIT and len(inner_words(TEXTS[i])) < 2]
+IDS = [i for i in range(len(TOKENIZER)) if TEXTS[i] not in (b"Wait", b"W") and len(inner_words(TEXTS[i])) < 2]
 FEW = spelled("ab ") * 3 + TOKENIZER.encode(", check: ", add_special_tokens=False) + spelled(", check:1\n")
 CHUNK = st.one_of(
     st.lists(st.sampled_from(IDS), max_size=LONGEST // 2 - 2), st.lists(st.sampled_from(FEW), max_size=12)
@@ -81,10 +80,19 @@ def test_order_and_repetition_of_words_change_nothing(chunk, random):
     assert (hash_of(again) == hash_of(chunk)) == (words_of(again) == words_of(chunk))
 
 
+@given(CHUNK, st.sampled_from(["Wait", "pieces"]), CHUNK)
+def test_chunk_begins_behind_its_trigger(one, way, other):
+    """What was written before the trigger, and the trigger itself, is forgotten; also one in pieces."""
+    trigger = [WAIT] if way == "Wait" else spelled("W") + spelled("ait")
+    trigger = [*spelled("."), *trigger]
+    assert hash_of([*one, *trigger, *spelled(","), *other]) == hash_of([*spelled(","), *other])
+
+
 @given(CHUNK, CHUNK)
-def test_chunk_begins_behind_its_trigger(one, other):
-    """What was written before the trigger, and the trigger itself, is forgotten."""
-    assert hash_of([*one, WAIT, *other]) == hash_of(other)
+def test_trigger_with_a_letter_behind_it_is_a_word_like_any_other(one, other):
+    with_word = [*one, *spelled(" "), WAIT, *spelled("s "), *other]
+    assert hash_of(with_word) == hash_of([*one, *spelled(" Waits "), *other])
+    assert hash_of(with_word) != hash_of([*spelled(" "), *other])
 
 
 def test_word_may_arrive_in_any_pieces():
@@ -110,12 +118,3 @@ def test_token_that_is_not_recorded_changes_nothing():
     plain = chunk_hash(VOCAB, np.array([*ids[:4], *[0] * (LONGEST - 4)], np.int32), valid)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), skipped, plain))
     assert int(skipped[0][0]) == hash_of(ids[:4].tolist())
-
-
-@given(CHUNK)
-def test_lane_knows_whether_its_text_ends_in_a_letter(chunk):
-    padded = np.zeros(LONGEST, np.int32)
-    padded[: len(chunk)] = chunk
-    lane = chunk_hash(VOCAB, padded, np.arange(LONGEST) < len(chunk))[1]
-    text = b"".join(TEXTS[i] for i in chunk).decode()
-    assert bool(lane.after_letter[0]) == (text[-1:].isascii() and text[-1:].isalpha())

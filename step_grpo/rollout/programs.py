@@ -1,0 +1,252 @@
+"""The compiled programs of a rollout: a short ladder of shapes, all compiled before the first token.
+
+A rollout state has a shape: the number of lanes and the tokens that each lane's cache holds. It starts with
+every lane and a small cache; the cache doubles when a lane needs more room and halves when none does; once
+the queue is empty and most lanes are free, the rest is packed into half as many. Every program is compiled
+ahead of time and called by shape, so a shape that nobody planned is an error and never a silent
+compilation.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from step_grpo.mesh import over_data, replicated
+from step_grpo.model import qwen
+from step_grpo.model.attention import XLA, Attention
+from step_grpo.rollout import decode
+from step_grpo.rollout.decode import Prefilled, RolloutState
+from step_grpo.rollout.phases import Machine
+from step_grpo.rollout.triggers import Vocabulary, reach
+
+CAPACITY_LEVELS = 3  # full, half, quarter
+LEAST_CAPACITY = 128  # tokens below which a smaller cache is not worth a program
+PACKINGS = 3  # lanes packed into a half, a quarter, an eighth
+LEAST_LANES = 8  # of a device, below which packing saves nothing
+WIDTH_LEVELS = 3  # prompts padded to the full width, half, a quarter
+
+
+class Shape(NamedTuple):
+    """What a rollout state has room for."""
+
+    lanes: int  # over all devices
+    capacity: int  # tokens of a lane's cache
+
+
+class Ladder(NamedTuple):
+    """The shapes that a rollout may pass through."""
+
+    capacities: tuple[int, ...]  # with all lanes, the smallest first
+    packed: tuple[int, ...]  # lanes, the most first; the first is all of them; the rest at full capacity
+    widths: tuple[int, ...]  # of padded prompts, the smallest first
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Every shape of the state."""
+        return [Shape(self.packed[0], c) for c in self.capacities] + [
+            Shape(lanes, self.capacities[-1]) for lanes in self.packed[1:]
+        ]
+
+
+def make_ladder(lanes: int, capacity: int, max_prompt: int, devices: int) -> Ladder:
+    """The shapes between a start and what the longest completion needs.
+
+    Args:
+        lanes: over all devices.
+        capacity: tokens of the longest prompt, completion and check.
+        max_prompt: tokens of the longest prompt.
+        devices: number of devices that share the lanes.
+    """
+    packed = [lanes]
+    while len(packed) <= PACKINGS and packed[-1] % (2 * devices) == 0:
+        if packed[-1] // (2 * devices) < LEAST_LANES:
+            break
+        packed.append(packed[-1] // 2)
+    capacities = halvings(capacity, CAPACITY_LEVELS, LEAST_CAPACITY, 64)
+    return Ladder(capacities, tuple(packed), halvings(max_prompt, WIDTH_LEVELS, 32, 32))
+
+
+def halvings(most: int, levels: int, least: int, multiple: int) -> tuple[int, ...]:
+    """`most` and its halves, each rounded up to a multiple, at most `levels` of them, the smallest first."""
+    sizes = [round_up(most, multiple)]
+    while len(sizes) < levels and round_up(sizes[-1] // 2, multiple) >= least:
+        half = round_up(sizes[-1] // 2, multiple)
+        if half == sizes[-1]:
+            break
+        sizes.append(half)
+    return tuple(reversed(sizes))
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+class Programs:
+    """The programs of one engine, called by shape."""
+
+    def __init__(
+        self,
+        cfg: qwen.QwenConfig,
+        machine: Machine,
+        vocab: Vocabulary,
+        params: qwen.Params,
+        judge_params: qwen.Params | None,
+        ladder: Ladder,
+        *,
+        rows: int,
+        dtype: Any,
+        mesh: Mesh,
+        attention: Attention = XLA,
+    ):
+        """Compiles everything, side by side on the host's cores.
+
+        Args:
+            cfg: architecture.
+            machine: settings of the rollout.
+            vocab: token tables.
+            params: `qwen.decode_params`, on every device.
+            judge_params: of the second model that checks ask, on every device.
+            ladder: shapes.
+            rows: prompts that a device prefills at a time.
+            dtype: of the cache.
+            mesh: with one axis, `data`.
+            attention: the implementation.
+        """
+        self.ladder, self.rows, self._mesh, self._vocab = ladder, rows, mesh, vocab
+        self._here, self._everywhere = over_data(mesh), replicated(mesh)
+        self._cfg, self._machine, self._judge_params, self._attention = cfg, machine, judge_params, attention
+        self._make_state = partial(decode.empty_state, cfg, machine, dtype=dtype, reach=reach(vocab.triggers))
+        with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
+            planned = self._plan(params)
+            made = pool.map(lambda lowered: lowered().compile(), planned.values())
+            self._programs = dict(zip(planned, made, strict=True))
+
+    @property
+    def judge_prefix(self) -> int:
+        """Tokens that the second model reads before the prompt."""
+        return len(self._machine.judge.prefix) if self._machine.judge else 0
+
+    # ------------------------------------------------------------------ what the engine calls
+
+    def empty(self) -> RolloutState:
+        """Every lane free, with the smallest cache."""
+        return self._programs["empty"]()
+
+    def prefill(self, params, tokens, lengths) -> Prefilled:
+        """Prompts `[devices * rows, width]`, each device's own behind one another."""
+        return self._programs["prefill", tokens.shape[1]](params, self._judge_params, tokens, lengths)
+
+    def insert(self, state: RolloutState, prefilled: Prefilled, row, prompt_id, sample_id) -> RolloutState:
+        """Starts completions in lanes; `row` counts the device's own prompts."""
+        width = prefilled.cache[0].k.shape[2]
+        return self._programs["insert", shape_of(state), width](state, prefilled, row, prompt_id, sample_id)
+
+    def segment(self, params, run_key, state: RolloutState, max_steps, stop_live):
+        """Advances all lanes; `stop_live` is `[devices]`."""
+        program = self._programs["segment", shape_of(state)]
+        return program(params, self._vocab, run_key, state, max_steps, stop_live, self._judge_params)
+
+    def resize(self, state: RolloutState, capacity: int) -> RolloutState:
+        """Gives every lane's cache room for `capacity` tokens, a neighbour of the present one."""
+        return self._programs["resize", shape_of(state), capacity](state)
+
+    def pack(self, state: RolloutState, lanes_B) -> RolloutState:
+        """Keeps the lanes `lanes_B` of each device (counted within it), half of the present ones."""
+        return self._programs["pack", shape_of(state)](state, lanes_B)
+
+    # ------------------------------------------------------------------ how they are made
+
+    def _plan(self, params: qwen.Params) -> dict[Hashable, Callable[[], Any]]:
+        """Every program by its key, each ready to be lowered."""
+        n = self._mesh.size
+        judge_params = self._judge_params
+        local, all_ = PartitionSpec("data"), PartitionSpec()
+        cfg, machine = self._cfg, self._machine
+        count = self._abstract((), jnp.int32, self._everywhere)
+        per_device = self._abstract((n,), jnp.int32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._everywhere)
+        first = self.ladder.shapes[0]
+        empty = partial(self._make_state, lanes=first.lanes // n, capacity=first.capacity)
+        plan: dict[Hashable, Callable[[], Any]] = {"empty": self._lower(empty, (), (), local)}
+        for width in self.ladder.widths:
+            prompts = self._abstract((n * self.rows, width), jnp.int32)
+            lengths = self._abstract((n * self.rows,), jnp.int32)
+            plan["prefill", width] = self._lower(
+                partial(decode.prefill, cfg, machine.judge, attention=self._attention),
+                (params, judge_params, prompts, lengths),
+                (all_, all_, local, local),
+                local,
+            )
+        segment = partial(decode.decode_segment, cfg, machine, attention=self._attention)
+        for shape in self.ladder.shapes:
+            state = self._state(shape)
+            arguments = (params, self._vocab, key, state, count, per_device, judge_params)
+            specs = (all_, all_, all_, local, all_, local, all_)
+            plan["segment", shape] = self._lower(segment, arguments, specs, local, donate=3)
+        for shape in self.ladder.shapes[: len(self.ladder.capacities)]:
+            for width in self.ladder.widths:
+                if width + self.judge_prefix <= shape.capacity:
+                    plan["insert", shape, width] = self._plan_insert(shape, self._prefilled(params, width))
+        plan |= self._plan_resizes() | self._plan_packings()
+        return plan
+
+    def _plan_insert(self, shape: Shape, prefilled: Prefilled) -> Callable[[], Any]:
+        lanes = self._abstract((shape.lanes,), jnp.int32)
+        arguments = (self._state(shape), prefilled, lanes, lanes, lanes)
+        local = PartitionSpec("data")
+        return self._lower(decode.insert, arguments, (local,) * 5, local, donate=0)
+
+    def _plan_resizes(self) -> dict[Hashable, Callable[[], Any]]:
+        local, capacities, lanes = PartitionSpec("data"), self.ladder.capacities, self.ladder.packed[0]
+        plan: dict[Hashable, Callable[[], Any]] = {}
+        for small, large in itertools.pairwise(capacities):
+            for old, new in ((small, large), (large, small)):
+                shape = Shape(lanes, old)
+                resize = partial(decode.resize, capacity=new)
+                plan["resize", shape, new] = self._lower(resize, (self._state(shape),), (local,), local)
+        return plan
+
+    def _plan_packings(self) -> dict[Hashable, Callable[[], Any]]:
+        local, packed = PartitionSpec("data"), self.ladder.packed
+        plan: dict[Hashable, Callable[[], Any]] = {}
+        for old, new in itertools.pairwise(packed):
+            shape = Shape(old, self.ladder.capacities[-1])
+            arguments = (self._state(shape), self._abstract((new,), jnp.int32))
+            plan["pack", shape] = self._lower(decode.pack, arguments, (local, local), local)
+        return plan
+
+    def _lower(self, function, arguments, in_specs, out_specs, donate=()):
+        sharded = jax.shard_map(
+            function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        # Said of outputs too: an array of size 0 would else lose its sharding, and its next reader refuse it.
+        program = jax.jit(sharded, donate_argnums=donate, out_shardings=self._here)
+        return lambda: program.lower(*arguments)
+
+    def _abstract(self, shape, dtype, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self._here)
+
+    def _state(self, shape: Shape) -> RolloutState:
+        make = partial(self._make_state, lanes=shape.lanes, capacity=shape.capacity)
+        return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(make))
+
+    def _prefilled(self, params: qwen.Params, width: int) -> Prefilled:
+        rows = self._mesh.size * self.rows
+        tokens, lengths = self._abstract((rows, width), jnp.int32), self._abstract((rows,), jnp.int32)
+        prefill = partial(decode.prefill, self._cfg, self._machine.judge, attention=self._attention)
+        made = jax.eval_shape(prefill, params, self._judge_params, tokens, lengths)
+        return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), made)
+
+
+def shape_of(state: RolloutState) -> Shape:
+    """The shape of a state."""
+    return Shape(state.lane.phase.shape[0], state.cache[0].k.shape[2])
