@@ -78,7 +78,8 @@ def copy_lanes(cache: Cache, source: Cache, row_B: jax.Array) -> Cache:
         chosen = jnp.where(take, new[jnp.maximum(row_B, 0)], old[:, :, :T])
         return jax.lax.dynamic_update_slice(old, chosen, (0,) * old.ndim)
 
-    return jax.tree.map(put, cache, tuple(stored(layer, cache[0].k.dtype) for layer in source))
+    pairs = zip(cache, source, strict=True)
+    return tuple(jax.tree.map(put, held, stored(layer, held.k.dtype)) for held, layer in pairs)
 
 
 def with_capacity(cache: Cache, capacity: int) -> Cache:

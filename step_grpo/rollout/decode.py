@@ -119,7 +119,6 @@ def prefill(
     judge_params: qwen.Params | None,
     prompts: jax.Array,
     lengths: jax.Array,
-    *,
     attention: Attention = XLA,
 ) -> Prefilled:
     """Runs prompts through the model, and behind a prefix of its own through the judge, if there is one.
@@ -184,7 +183,6 @@ def decode_segment(
     max_steps: jax.Array,
     stop_live: jax.Array,
     judge_params: qwen.Params | None = None,
-    *,
     attention: Attention = XLA,
 ) -> tuple[RolloutState, Taken]:
     """Advances all lanes by up to `max_steps` tokens, until at most `stop_live` `[1]` of them are not DONE.

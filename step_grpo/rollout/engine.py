@@ -513,6 +513,6 @@ def build_engine(
         max_prompt=config.max_prompt_tokens,
         dtype=jnp.dtype(config.cache_dtype or dtype),
         mesh=mesh,
-        judge_params=jax.device_put(judge_params, replicated(mesh)),
         attention=attention,
+        judge_params=jax.device_put(judge_params, replicated(mesh)),
     )

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from step_grpo.mesh import over_data, replicated
 from step_grpo.model import qwen
-from step_grpo.model.attention import Attention
+from step_grpo.model.attention import XLA, Attention
 from step_grpo.rollout import decode
 from step_grpo.rollout.decode import Prefilled, RolloutState
 from step_grpo.rollout.phases import Machine
@@ -104,7 +104,7 @@ class Programs:
         rows: int,
         dtype: Any,
         mesh: Mesh,
-        attention: Attention,
+        attention: Attention = XLA,
     ):
         """Compiles everything, side by side on the host's cores.
 
@@ -122,8 +122,7 @@ class Programs:
         """
         self.ladder, self.rows, self._mesh, self._vocab = ladder, rows, mesh, vocab
         self._here, self._everywhere = over_data(mesh), replicated(mesh)
-        self._cfg, self._machine, self._judge_params = cfg, machine, judge_params
-        self._attention = attention
+        self._cfg, self._machine, self._judge_params, self._attention = cfg, machine, judge_params, attention
         self._make_state = partial(decode.empty_state, cfg, machine, dtype=dtype, reach=reach(vocab.triggers))
         with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
             planned = self._plan(params)

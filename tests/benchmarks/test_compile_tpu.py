@@ -35,12 +35,14 @@ def test_without_libtpu_the_command_says_so_and_ends_well():
 
 @pytest.mark.parametrize(
     ("program", "cache_dtype"),
-    [("segment", ""), ("segment", "int8"), ("refill", ""), ("refill", "int8"), ("attention", "")],
+    [("segment", ""), ("segment", "int8"), ("insert", "int8"), ("prefill", ""), ("attention", "")],
 )
 def test_program_has_kernels_and_no_copy_of_the_cache(program, cache_dtype):
     needs_libtpu()
     result = compile_task(dataclasses.replace(TASK, program=program, cache_dtype=cache_dtype))
-    expected = {"segment": 4, "refill": 1, "attention": 3}[program]  # a write and a read a layer
+    expected = {"segment": 4, "insert": 0, "prefill": 1, "attention": 3}[
+        program
+    ]  # a write and a read a layer
     assert result["ok"] and result["kernels"] == expected, result
 
 

@@ -12,6 +12,7 @@ from step_grpo.model import qwen
 from step_grpo.model.attention import XLA, Attention
 from step_grpo.rollout.engine import RolloutEngine
 from step_grpo.rollout.phases import Machine
+from step_grpo.rollout.policies import Confidence
 from step_grpo.rollout.triggers import build_vocabulary
 
 TEXTS = [b"<eos>", b"</think>", b"Wait", b" a", b" b", b"c", b"\n", b"{", b"}"]
@@ -19,10 +20,10 @@ CFG = qwen.QwenConfig(
     vocab_size=len(TEXTS), width=32, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=48, rope_theta=1e4,
     rms_eps=1e-6, tied=False, qk_norm=True, qkv_bias=False, init_std=0.35,
 )  # fmt: skip
+PROBE = Confidence(question=(6, 7), max_notes=4, delta=0.5, strict=False, early_abort=True)
 MACHINE = Machine(
-    truncate=True, max_response=32, think_budget=24, budget_margin=4, max_probes=2, max_probe_tokens=4,
-    max_repetitions=2, delta=0.5, strict=False, temperature=1.0, top_p=1.0, think_end=1, eos=(0,),
-    inducing=(6, 7), closing=(6, 1, 6),
+    policy=PROBE, max_response=32, think_budget=24, budget_margin=4, max_probes=2, max_repetitions=2,
+    temperature=1.0, top_p=1.0, think_end=1, eos=(0,), closing=(6, 1, 6),
 )  # fmt: skip
 PROMPTS = [(3, 4, 6), (5,), (4, 4, 3, 8, 7)]
 PALLAS = Attention("pallas", interpret=True)
