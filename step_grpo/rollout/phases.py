@@ -147,7 +147,10 @@ def step_lanes(machine: Machine, lane: Lane, probed: Probed, seen: Observation) 
 
 def step_lane(machine: Machine, lane: Lane, probed: Probed, seen: Observation) -> tuple[Lane, Probed, Emit]:
     """One transition of one lane, `lane.kv_length` already counting the token just fed."""
-    phases = (think_and_watch if machine.truncate else think, probe, answer, done, put_back)
+    # Plain sampling never comes to PROBE; `done` keeps its place.
+    phases = (
+        (think_and_watch, probe, answer, done, put_back) if machine.truncate else (think, done, answer, done)
+    )
     branches = [partial(phase, machine) for phase in phases]
     return jax.lax.switch(lane.phase, branches, lane, probed, seen)
 
