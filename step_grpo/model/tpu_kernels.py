@@ -96,7 +96,7 @@ def ragged_decode_attention(
     cached = pl.BlockSpec((1, heads, block, H), of_block)
     scales = pl.BlockSpec((1, K, block), of_scales)  # of all heads: a tile of memory holds eight
     operands = [q_BNH.reshape(B, K, G, H), k_BKSH, v_BKSH]
-    operands += [k_scale_BKS, v_scale_BKS] if quantised else []
+    operands += [scale for scale in (k_scale_BKS, v_scale_BKS) if scale is not None]
     out = pl.pallas_call(
         functools.partial(_attend_block, block=block, capacity=S, quantised=quantised),
         grid_spec=pltpu.PrefetchScalarGridSpec(
