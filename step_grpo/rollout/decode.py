@@ -88,7 +88,7 @@ def empty_judge_cache(judge: Judge | None, lanes: int, capacity: int, dtype) -> 
 def fresh_lanes(
     prompt_id: jax.Array, sample_id: jax.Array, prompt_length: jax.Array, last_token: jax.Array
 ) -> Lane:
-    """Lanes at the start of their completions, all arguments `[B]`.
+    """Lanes at the start of their completions, all arguments `[B]`; nothing limits their lengths.
 
     The cache counts one token less than the prompt: the first step feeds the prompt's last token again, at
     its own position, and so yields the logits of the first completion token like any other step.
@@ -99,6 +99,7 @@ def fresh_lanes(
     scalars |= {
         "prompt_id": prompt_id,
         "sample_id": sample_id,
+        "limit": jnp.full_like(prompt_id, jnp.iinfo(jnp.int32).max),
         "phase": zero + THINK,
         "token_in": last_token,
         "kv_length": prompt_length - 1,
@@ -142,7 +143,12 @@ def prefill(
 
 
 def insert(
-    state: RolloutState, prefilled: Prefilled, row: jax.Array, prompt_id: jax.Array, sample_id: jax.Array
+    state: RolloutState,
+    prefilled: Prefilled,
+    row: jax.Array,
+    prompt_id: jax.Array,
+    sample_id: jax.Array,
+    limit: jax.Array,
 ) -> RolloutState:
     """Starts a completion in every lane that asks for one; the prompt's cache is copied, not made again.
 
@@ -152,9 +158,11 @@ def insert(
         row: `[B]` prompt that a lane takes, -1 for a lane that goes on undisturbed.
         prompt_id: `[B]` identity of that prompt, for randomness.
         sample_id: `[B]` number of the completion within its group.
+        limit: `[B]` tokens that the completion may have.
     """
     at = jnp.maximum(row, 0)
     fresh = fresh_lanes(prompt_id, sample_id, prefilled.length[at], prefilled.last_token[at])
+    fresh = fresh._replace(limit=limit)
     return state._replace(
         lane=phases.select(row >= 0, fresh, state.lane),
         cache=copy_lanes(state.cache, prefilled.cache, row),

@@ -171,6 +171,7 @@ class RolloutEngine:
         samples: int,
         run_key: jax.Array,
         on_progress: Callable[[int], None] = lambda finished: None,
+        limits: Sequence[int] | None = None,
     ) -> tuple[list[Completion], RolloutStats]:
         """Makes `samples` completions of each prompt.
 
@@ -180,6 +181,8 @@ class RolloutEngine:
             samples: completions a prompt.
             run_key: folded from seed and step; the engine folds in the rest.
             on_progress: called with the number of finished completions after each segment.
+            limits: tokens that each completion may have, at most the machine's, by prompt and sample; None
+                for the machine's.
 
         Returns:
             The completions, ordered by prompt and sample, and the cost.
@@ -193,7 +196,8 @@ class RolloutEngine:
         programs = self.compile(params, len(prompts) * samples)
         stats.compile_seconds = time.monotonic() - started
         run_key = jax.device_put(run_key, replicated(self.mesh))
-        work = _Work(programs, prompts, samples, self.mesh.size, stats)
+        limits = limits or [self.machine.max_response] * (len(prompts) * samples)
+        work = _Work(programs, prompts, samples, limits, self.mesh.size, stats)
         finished: list[Completion] = []
         while len(finished) < len(prompts) * samples:
             work.fill(params)
@@ -213,6 +217,7 @@ class _Work:
     programs: Programs
     prompts: Sequence[Sequence[int]]
     samples: int
+    limits: Sequence[int]
     devices: int
     stats: RolloutStats
     ready: list[Ready] = field(default_factory=list)
@@ -269,7 +274,7 @@ class _Work:
 
     def _insert(self, ready: Ready) -> None:
         lanes = len(self.slots.owner[0])
-        row, prompt_id, sample_id = (np.zeros((self.devices, lanes), np.int32) for _ in range(3))
+        row, prompt_id, sample_id, limit = (np.zeros((self.devices, lanes), np.int32) for _ in range(4))
         row -= 1
         for device, waiting in enumerate(ready.waiting):
             owners = self.slots.owner[device]
@@ -278,12 +283,13 @@ class _Work:
                     row[device, lane], prompt, sample = waiting.popleft()
                     owners[lane] = prompt, sample
                     prompt_id[device, lane], sample_id[device, lane] = identity(self.prompts[prompt]), sample
+                    limit[device, lane] = self.limits[prompt * self.samples + sample]
                     self.slots.kv_length[device, lane] = len(self.prompts[prompt])
         if (row >= 0).any():
             width = ready.prefilled.cache[0].k.shape[2]
             self._resize_for(max(self.slots.longest(), width) + self.programs.judge_prefix)
             self.state = self.programs.insert(
-                self.state, ready.prefilled, row.ravel(), prompt_id.ravel(), sample_id.ravel()
+                self.state, ready.prefilled, row.ravel(), prompt_id.ravel(), sample_id.ravel(), limit.ravel()
             )
 
     # ------------------------------------------------------------------ shapes

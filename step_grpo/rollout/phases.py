@@ -31,7 +31,7 @@ from step_grpo.rollout.triggers import Found, Recent, Vocabulary, find_trigger, 
 
 THINK, PROBE, ANSWER, DONE, PUT_BACK = range(5)
 
-# Why a completion left THINK. `length`: plain sampling met the response budget while still thinking.
+# Why a completion left THINK. `length`: it met its limit while still thinking.
 REASONS = ("unfinished", "natural", "early_exit", "budget", "rep", "eos", "length")
 UNFINISHED, NATURAL, EARLY_EXIT, BUDGET, REPETITION, EOS, LENGTH = range(len(REASONS))
 
@@ -83,6 +83,7 @@ class Lane(NamedTuple):
 
     prompt_id: jax.Array  # identity for randomness
     sample_id: jax.Array
+    limit: jax.Array  # tokens that the completion may have
     phase: jax.Array
     reason: jax.Array
     token_in: jax.Array  # fed at the next step
@@ -157,7 +158,7 @@ def step_lane(machine: Machine, lane: Lane, probed: Probed, seen: Observation) -
 
 def think(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
     """THINK of plain sampling: record the sampled token; the answer follows when the model says so."""
-    full = lane.length + 1 >= machine.max_response
+    full = lane.length + 1 >= lane.limit
     reason = first_reason(
         (is_eos(machine, seen.token), EOS), (seen.token == machine.think_end, NATURAL), (full, LENGTH)
     )
@@ -200,10 +201,15 @@ def record_thought(machine: Machine, lane: Lane, emit: Emit) -> tuple[Lane, Emit
     """Records a token of the thinking, and leaves THINK if it is the last one."""
     spent = lane.length + 1 >= machine.think_budget
     natural = emit.token == machine.think_end
-    reason = first_reason((is_eos(machine, emit.token), EOS), (natural, NATURAL), (spent, BUDGET))
+    full = lane.length + 1 >= lane.limit
+    reason = first_reason(
+        (is_eos(machine, emit.token), EOS), (natural, NATURAL), (spent, BUDGET), (full, LENGTH)
+    )
     lane = leave_thinking(machine, lane, reason, queued=jnp.where(natural, len(machine.closing), 0))
     lane = lane._replace(
-        phase=jnp.where(reason == EOS, DONE, lane.phase), token_in=emit.token, length=lane.length + 1
+        phase=jnp.where(full | (reason == EOS), DONE, lane.phase),
+        token_in=emit.token,
+        length=lane.length + 1,
     )
     return lane, emit
 
@@ -322,7 +328,7 @@ def answer(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
     closing = lane.queued < len(machine.closing)
     at = jnp.minimum(lane.queued, len(machine.closing) - 1)
     token = jnp.where(closing, jnp.array(machine.closing)[at], seen.token)
-    ended = (~closing & is_eos(machine, seen.token)) | (lane.length + 1 >= machine.max_response)
+    ended = (~closing & is_eos(machine, seen.token)) | (lane.length + 1 >= lane.limit)
     lane = lane._replace(
         phase=jnp.where(ended, DONE, ANSWER),
         token_in=token,

@@ -144,10 +144,13 @@ class Programs:
         """Prompts `[devices * rows, width]`, each device's own behind one another."""
         return self._programs["prefill", tokens.shape[1]](params, self._judge_params, tokens, lengths)
 
-    def insert(self, state: RolloutState, prefilled: Prefilled, row, prompt_id, sample_id) -> RolloutState:
+    def insert(
+        self, state: RolloutState, prefilled: Prefilled, row, prompt_id, sample_id, limit
+    ) -> RolloutState:
         """Starts completions in lanes; `row` counts the device's own prompts."""
         width = prefilled.cache[0].k.shape[2]
-        return self._programs["insert", shape_of(state), width](state, prefilled, row, prompt_id, sample_id)
+        program = self._programs["insert", shape_of(state), width]
+        return program(state, prefilled, row, prompt_id, sample_id, limit)
 
     def segment(self, params, run_key, state: RolloutState, max_steps, stop_live):
         """Advances all lanes; `stop_live` is `[devices]`."""
@@ -201,9 +204,9 @@ class Programs:
 
     def _plan_insert(self, shape: Shape, prefilled: Prefilled) -> Callable[[], Any]:
         lanes = self._abstract((shape.lanes,), jnp.int32)
-        arguments = (self._state(shape), prefilled, lanes, lanes, lanes)
+        arguments = (self._state(shape), prefilled, lanes, lanes, lanes, lanes)
         local = PartitionSpec("data")
-        return self._lower(decode.insert, arguments, (local,) * 5, local, donate=0)
+        return self._lower(decode.insert, arguments, (local,) * 6, local, donate=0)
 
     def _plan_resizes(self) -> dict[Hashable, Callable[[], Any]]:
         local, capacities, lanes = PartitionSpec("data"), self.ladder.capacities, self.ladder.packed[0]

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.compile_tpu import Task, compile_task, missing_libtpu
+from benchmarks.compile_tpu import Task, compile_task, main, missing_libtpu
 
 ROOT = Path(__file__).parents[2]
 TASK = Task("v5e:2x2", "qwen3_0p6b", "segment", 16, 1024, prompt=128, row_length=640, layers=2)
@@ -26,11 +24,11 @@ def needs_libtpu():
         pytest.skip(reason)
 
 
-def test_without_libtpu_the_command_says_so_and_ends_well():
-    without = "import importlib.util as u, runpy; u.find_spec, find = lambda n: None, u.find_spec; "
-    command = without + "runpy.run_module('benchmarks.compile_tpu', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert "pip install" in json.loads(done.stdout.splitlines()[-1])["skipped"]
+def test_without_libtpu_the_command_says_so_and_ends_well(monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.compile_tpu.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["compile_tpu"])
+    main()
+    assert "pip install" in json.loads(capsys.readouterr().out.splitlines()[-1])["skipped"]
 
 
 @pytest.mark.parametrize(
