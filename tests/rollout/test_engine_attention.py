@@ -20,7 +20,7 @@ CFG = qwen.QwenConfig(
     vocab_size=len(TEXTS), width=32, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=48, rope_theta=1e4,
     rms_eps=1e-6, tied=False, qk_norm=True, qkv_bias=False, init_std=0.35,
 )  # fmt: skip
-PROBE = Confidence(question=(6, 7), max_notes=4, delta=0.5, strict=False, early_abort=True)
+PROBE = Confidence(question=(6, 7), max_notes=4, delta=0.2, strict=False, early_abort=True)
 MACHINE = Machine(
     policy=PROBE, max_response=32, think_budget=24, budget_margin=4, max_probes=2, max_repetitions=2,
     temperature=1.0, top_p=1.0, think_end=1, eos=(0,), closing=(6, 1, 6),
@@ -47,7 +47,7 @@ def run(lanes=2, attention=XLA, dtype="float32"):
         mesh=make_mesh(lanes),
         attention=attention,
     )
-    return engine(qwen.decode_params(params(), jnp.float32), PROMPTS, 2, jax.random.key(3))[0]
+    return engine(qwen.decode_params(params(), jnp.float32), PROMPTS, 8, jax.random.key(3))[0]
 
 
 @jax.jit
