@@ -1,6 +1,7 @@
 """What the rollout is compared with: transformers' `generate`, a restart loop on it, and Tunix's sampler."""
 
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ class Generate:
             seed: of torch's sampling.
         """
         torch.manual_seed(seed)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.model.generation_config = GenerationConfig()  # nothing but what a call says
         self.pad = pad
