@@ -7,7 +7,8 @@ early abort and once without. The last line is one JSON object:
 - `probe_tokens_saved`: share of the tokens of declined probes that the early abort saves;
 - `answer_tokens_saved`: the same, of tentative answers alone; the inducing prompt cannot be saved;
 - `exits_equal`: every completion is the same, token for token, and ends its thinking for the same reason;
-- `machine_overhead`: extra time of the machine over plain sampling of the same tokens, median over pairs.
+- `machine_overhead`: extra time of the machine over plain sampling of the same tokens, median over pairs, and
+  `machine_overhead_cpu`, extra CPU time, which other programs on the machine disturb less.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.timing import Ratio, conditions, interleave, paired, plain
+from benchmarks.timing import Rates, conditions, interleave, plain
 from benchmarks.workload import Workload, count_tokens, make_engine, tiny_config, tiny_workload
 from step_grpo.mesh import use_all_cores
 from step_grpo.rollout.engine import Completion, RolloutEngine, build_engine
@@ -38,14 +39,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=9, help="counted pairs of the timing")
     args = parser.parse_args(argv)
     use_all_cores()
-    overhead = machine_overhead(args.lanes, args.tokens, args.repeats)
-    print(f"time of the machine with no trigger firing / plain: {overhead}")
+    unwatched, watched = plain_and_machine(args.lanes, args.tokens, args.repeats)
+    wall, cpu = unwatched.over(watched), unwatched.cpu_over(watched)
+    print(f"time of the machine with no trigger firing / plain: {wall}, CPU {cpu}")
     result = early_abort(args.probes, args.samples, args.lanes)
     result = plain(
         {
             **result,
-            "machine_overhead": overhead.median - 1,
-            "machine_over_plain": overhead,
+            "machine_overhead": wall.median - 1,
+            "machine_overhead_cpu": cpu.median - 1,
+            "machine_over_plain": wall,
+            "machine_over_plain_cpu": cpu,
             "settings": {**vars(args), **conditions()},
         }
     )
@@ -157,8 +161,8 @@ def longer_prompts(rollout: ConfigDict, longest: int) -> ConfigDict:
 # ---------------------------------------------------------------------- the machine
 
 
-def machine_overhead(lanes: int, tokens: int, repeats: int) -> Ratio:
-    """Time of the truncated rollout when no trigger ever fires over that of plain sampling.
+def plain_and_machine(lanes: int, tokens: int, repeats: int) -> tuple[Rates, Rates]:
+    """Rates of plain sampling and of the truncated rollout when no trigger ever fires.
 
     The same completions on both sides, at most `tokens` long, two for each lane.
     """
@@ -180,7 +184,7 @@ def machine_overhead(lanes: int, tokens: int, repeats: int) -> Ratio:
     )
     assert count_probes(made["machine"]) == 0, "a trigger fired"
     assert same_exits(made["plain"], made["machine"]), "the machine changed the completions"
-    return paired(rates["plain"], rates["machine"])
+    return rates["plain"], rates["machine"]
 
 
 if __name__ == "__main__":

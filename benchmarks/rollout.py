@@ -11,7 +11,8 @@ last line is one JSON object:
 - `floor`: for each figure below its goal, the rate at which weights and the cache in use could be read at the
   measured memory bandwidth, and the share of it that was reached.
 
-Each ratio is the median over pairs of runs that took turns, with the smallest and the largest.
+Each ratio is the median over pairs of runs that took turns, with the smallest and the largest. `cpu` holds the
+same ratios in CPU time, which other programs on the machine disturb less.
 """
 
 import argparse
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks.peers import Generate, RestartLoop, TunixSampler, tunix_missing
-from benchmarks.timing import Ratio, conditions, interleave, memory_bandwidth, paired, plain
+from benchmarks.timing import Rates, conditions, interleave, memory_bandwidth, plain
 from benchmarks.workload import (
     SHAPES,
     Workload,
@@ -112,7 +114,7 @@ def tiny(args: argparse.Namespace) -> dict[str, Any]:
     flat = [prompt for prompt in work.prompts for _ in range(args.samples)]
     longest, ends = work.config.rollout.max_response_tokens, work.described.eos_ids
 
-    equal, equal_batch = at_equal_lengths(args, work, peer)
+    equal, equal_run, equal_batch = at_equal_lengths(args, work, peer)
 
     batch = fastest(args.batches, flat, lambda part, b: lengths(peer(part, longest, ends, b)))
     plain_run = Ours(work, make_engine(work, truncate=False), args.prompts, args.samples)
@@ -139,20 +141,18 @@ def tiny(args: argparse.Namespace) -> dict[str, Any]:
     ours_exits = Counter(c.reason for c in truncated_run.completions)
     print(f"exits, ours: {dict(ours_exits)}; restart loop: {dict(Counter(t.reason for t in loop(flat)))}")
 
-    result: dict[str, Any] = {
-        "plain_vs_generate": equal[0],
-        "natural_vs_generate": paired(natural["ours"], natural["generate"]),
-        "truncated_vs_restart": paired(truncated["ours"], truncated["restart"]),
-        "vs_tunix": paired(natural["ours"], natural["tunix"]) if "tunix" in natural else None,
-        "batch_equal": equal_batch,
-        "batch_natural": batch,
+    pairs: dict[str, tuple[Rates, Rates] | None] = {
+        "plain_vs_generate": (equal["ours"], equal["generate"]),
+        "natural_vs_generate": (natural["ours"], natural["generate"]),
+        "truncated_vs_restart": (truncated["ours"], truncated["restart"]),
+        "vs_tunix": (natural["ours"], natural["tunix"]) if "tunix" in natural else None,
     }
     runs = {
-        "plain_vs_generate": equal[1:],
-        "natural_vs_generate": (plain_run, natural["ours"].max()),
-        "truncated_vs_restart": (truncated_run, truncated["ours"].max()),
+        "plain_vs_generate": equal_run,
+        "natural_vs_generate": plain_run,
+        "truncated_vs_restart": truncated_run,
     }
-    return {**result, "floor": floors(result, GOALS, runs)}
+    return {**figures(pairs, GOALS, runs), "batch_equal": equal_batch, "batch_natural": batch}
 
 
 def shape(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -160,27 +160,26 @@ def shape(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = tiny_config(args.lanes)
     work = random_workload(args.shape, args.prompts, config, args.devices, folder)
     peer = Generate(folder, work.described.tokenizer.pad_token_id)
-    (ratio, run, rate), batch = at_equal_lengths(args, work, peer)
-    result: dict[str, Any] = {
-        "plain_vs_generate": ratio,
+    equal, run, batch = at_equal_lengths(args, work, peer)
+    pairs: dict[str, tuple[Rates, Rates] | None] = {
+        "plain_vs_generate": (equal["ours"], equal["generate"]),
         "natural_vs_generate": None,
         "truncated_vs_restart": None,
         "vs_tunix": None,
-        "batch_equal": batch,
     }
-    goals = {"plain_vs_generate": GOAL_OF_SHAPE}
-    return {**result, "floor": floors(result, goals, {"plain_vs_generate": (run, rate)})}
+    found = figures(pairs, {"plain_vs_generate": GOAL_OF_SHAPE}, {"plain_vs_generate": run})
+    return {**found, "batch_equal": batch}
 
 
 def at_equal_lengths(
     args: argparse.Namespace, work: Workload, peer: Generate
-) -> tuple[tuple[Ratio, Ours, float], int]:
+) -> tuple[dict[str, Rates], Ours, int]:
     """Plain sampling of completions that are all `args.tokens` long.
 
     Twice as many completions as lanes, so that lanes are filled anew once.
 
     Returns:
-        The ratio, our run and its best rate; the batch that was fastest for `generate`.
+        The rates, our run, and the batch that was fastest for `generate`.
     """
     samples = min(args.samples, -(-2 * args.lanes // len(work.prompts)))
     prompts = min(len(work.prompts), -(-2 * args.lanes // samples))
@@ -193,7 +192,7 @@ def at_equal_lengths(
         {"ours": run, "generate": lambda: lengths(peer(flat, args.tokens, (), batch))}, args.repeats
     )
     report(f"equal lengths, {len(flat)} completions of {args.tokens} tokens", rates)
-    return (paired(rates["ours"], rates["generate"]), run, float(rates["ours"].max())), batch
+    return rates, run, batch
 
 
 def fastest(batches: Sequence[int], flat: list, work: Callable[[list, int], float]) -> int:
@@ -202,7 +201,7 @@ def fastest(batches: Sequence[int], flat: list, work: Callable[[list, int], floa
     if len(batches) == 1:
         return batches[0]
     rates = interleave({str(b): lambda b=b: work(part, b) for b in batches}, 1, warm_up=False)
-    return max(batches, key=lambda b: rates[str(b)][0])
+    return max(batches, key=lambda b: rates[str(b)].wall[0])
 
 
 def restart_loop(work: Workload, peer: Generate, engine: RolloutEngine, batch: int) -> RestartLoop:
@@ -213,33 +212,53 @@ def restart_loop(work: Workload, peer: Generate, engine: RolloutEngine, batch: i
     return RestartLoop(peer, engine.machine, triggers, texts, batch)
 
 
-def floors(
-    result: dict[str, Any], goals: dict[str, float], runs: dict[str, tuple[Ours, float]]
+def figures(
+    pairs: dict[str, tuple[Rates, Rates] | None], goals: dict[str, float], runs: dict[str, Ours]
 ) -> dict[str, Any]:
-    """For each figure below its goal, what memory bandwidth allows and the share of it that was reached."""
-    missed = [name for name, goal in goals.items() if result[name].median < goal]
+    """The ratios of each pair of contestants, and the floor of each figure that is below its goal."""
+    ratios = {name: pair and pair[0].over(pair[1]) for name, pair in pairs.items()}
+    cpu = {name: pair and pair[0].cpu_over(pair[1]) for name, pair in pairs.items()}
+    missed = {}
+    for name, goal in goals.items():
+        pair, ratio = pairs[name], ratios[name]
+        if pair is not None and ratio is not None and ratio.median < goal:
+            missed[name] = float(pair[0].wall.max())
+            print(f"{name}: {ratio.median:.3g}, goal {goal}")
+    return {**ratios, "cpu": cpu, "floor": floors(missed, runs)}
+
+
+def floors(missed: dict[str, float], runs: dict[str, Ours]) -> dict[str, Any]:
+    """What memory bandwidth allows, and the share of it that was reached.
+
+    Args:
+        missed: our best tokens a second, of figures below their goals.
+        runs: ours, by figure.
+    """
     if not missed:
         return {}
     bandwidth = memory_bandwidth()
     print(f"measured memory bandwidth: {bandwidth / 1e9:.1f} GB/s")
     found = {}
-    for name in missed:
-        run, rate = runs[name]
-        limit = run.floor(bandwidth)
+    for name, rate in missed.items():
+        limit = runs[name].floor(bandwidth)
         print(
-            f"{name}: {result[name].median:.3g}, goal {goals[name]}; reading weights and the cache in use "
-            f"allows {limit:.4g} tokens/s, reached {rate / limit:.1%} of it"
+            f"{name}: reading weights and the cache in use allows {limit:.4g} tokens/s, "
+            f"reached {rate / limit:.1%} of it"
         )
         found[name] = {"tokens_per_second": rate, "limit": limit, "share": rate / limit}
     return {"bandwidth": bandwidth, **found}
 
 
-def report(title: str, rates: dict[str, Any]) -> None:
+def report(title: str, rates: dict[str, Rates]) -> None:
     """The rates of one comparison, and ours over each other."""
     print(title)
     for name, measured in rates.items():
-        ratio = "" if name == "ours" else f"   ours / {name}: {paired(rates['ours'], measured)}"
-        print(f"  {name:10} {sorted(measured)[len(measured) // 2]:10.0f} tokens/s{ratio}")
+        ratio = ""
+        if name != "ours":
+            ratio = (
+                f"   ours / {name}: {rates['ours'].over(measured)}, CPU {rates['ours'].cpu_over(measured)}"
+            )
+        print(f"  {name:10} {np.median(measured.wall):10.0f} tokens/s{ratio}")
 
 
 def lengths(completions: list[list[int]]) -> int:

@@ -23,9 +23,25 @@ class Ratio:
         return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g}, {self.pairs} pairs)"
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Work a second of one contestant, `[repeats]`; the same index is the same repetition."""
+
+    wall: np.ndarray
+    cpu: np.ndarray  # of this process, all threads: steadier than `wall` where other programs run
+
+    def over(self, other: "Rates") -> Ratio:
+        """The ratio to another contestant in wall time."""
+        return paired(self.wall, other.wall)
+
+    def cpu_over(self, other: "Rates") -> Ratio:
+        """The ratio to another contestant in CPU time."""
+        return paired(self.cpu, other.cpu)
+
+
 def interleave(
     contestants: Mapping[str, Callable[[], float]], repeats: int, *, warm_up: bool = True
-) -> dict[str, np.ndarray]:
+) -> dict[str, Rates]:
     """Runs all contestants in turn, `repeats` times, every other time in reverse order.
 
     Args:
@@ -34,18 +50,18 @@ def interleave(
         warm_up: one repetition before them, in which programs compile, does not count.
 
     Returns:
-        Work a second of each contestant, `[repeats]`; the same index is the same repetition.
+        The rates of each contestant.
     """
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for repeat in range(-int(warm_up), repeats):
         order = list(contestants) if repeat % 2 == 0 else list(contestants)[::-1]
         for name in order:
-            started = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             work = contestants[name]()
-            rate = work / (time.perf_counter() - started)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             if repeat >= 0:
-                rates[name].append(rate)
-    return {name: np.array(measured) for name, measured in rates.items()}
+                rates[name].append((work / wall, work / cpu))
+    return {name: Rates(*np.array(measured).T) for name, measured in rates.items()}
 
 
 def paired(rates: np.ndarray, others: np.ndarray) -> Ratio:
