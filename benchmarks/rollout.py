@@ -11,8 +11,8 @@ last line is one JSON object:
 - `floor`: for each figure below its goal, the rate at which weights and the cache in use could be read at the
   measured memory bandwidth, and the share of it that was reached.
 
-Each ratio is the median over pairs of runs that took turns, with the smallest and the largest. `cpu` holds the
-same ratios in CPU time, which other programs on the machine disturb less.
+Each ratio is the median over pairs of runs that took turns, with the smallest and the largest. `cpu` holds
+the same ratios in CPU time, which other programs on the machine disturb less.
 """
 
 import argparse

@@ -307,7 +307,7 @@ class _Work:
             self._pack(fewer)
             lanes = fewer
         if lanes * self.devices == ladder.packed[0]:
-            self._resize_for(self.slots.longest() + SEGMENT_STEPS + self.programs.judge_prefix)
+            self._resize_for(self.slots.longest() + SEGMENT_STEPS + self.programs.judge_ahead)
 
     def _resize_for(self, tokens: int) -> None:
         """Grows or shrinks the cache, a rung at a time, to the least capacity for `tokens`."""

@@ -74,8 +74,12 @@ class Machine:
         """Tokens that a check needs in a cache besides prompt and response."""
         if not self.policy:
             return 0
-        prefix = len(self.policy.judge.prefix) if self.policy.judge else 0
-        return prefix + len(self.policy.question) + self.policy.max_notes
+        return self.judge_ahead or len(self.policy.question) + self.policy.max_notes
+
+    @property
+    def judge_ahead(self) -> int:
+        """Tokens that a judge's cache holds beyond the lane's own, at most: its prefix, and the question."""
+        return len(self.judge.prefix) + len(self.policy.question) if self.policy and self.judge else 0
 
 
 class Lane(NamedTuple):

@@ -134,6 +134,11 @@ class Programs:
         """Tokens that the second model reads before the prompt."""
         return len(self._machine.judge.prefix) if self._machine.judge else 0
 
+    @property
+    def judge_ahead(self) -> int:
+        """Tokens that the second model may have read beyond those that a lane's length counts."""
+        return self._machine.judge_ahead
+
     # ------------------------------------------------------------------ what the engine calls
 
     def empty(self) -> RolloutState:

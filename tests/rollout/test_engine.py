@@ -160,6 +160,21 @@ def test_brute_force_cases_reach_every_reason(split):
     assert seen == {"natural", "early_exit", "budget", "rep", "eos", "length"}
 
 
+def test_cache_has_room_for_a_question_longer_than_a_segment(params):
+    """Where the lane stands still, its own length says nothing of the verifier's."""
+    asking = dataclasses.replace(VERIFIER, question=(12, 13) * 40, threshold=1.0)
+    machine = dataclasses.replace(MACHINE, policy=asking, max_probes=50, max_repetitions=10**6)
+    reference = BruteForce(
+        params, CFG, machine, TEXTS, TRIGGERS, longest=192, judge=make_judge(), delimiters=DELIMITERS
+    )
+    completions = run(params, machine, prompts=PROMPTS[2:3], samples=4)
+    assert max(len(c.confidences) for c in completions) > 15
+    for c in completions:
+        tokens, *_, scores = reference(PROMPTS[2], KEY, identity(PROMPTS[2]), c.sample)
+        assert c.tokens.tolist() == tokens
+        np.testing.assert_allclose(c.confidences, scores, atol=1e-4)
+
+
 def same(a, b):
     return all(
         x.tokens.tolist() == y.tokens.tolist()
