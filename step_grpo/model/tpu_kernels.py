@@ -78,7 +78,8 @@ def ragged_decode_attention(
     K, S = k_BKSH.shape[1:3]
     halves = 2 if K % 2 == 0 else 1
     heads, G = K // halves, N // K
-    quantised = k_scale_BKS is not None
+    scale_operands = [x for x in (k_scale_BKS, v_scale_BKS) if x is not None]
+    quantised = len(scale_operands) == 2
     block = block or decode_block(heads, S, H, k_BKSH.dtype.itemsize)
     length_B = jnp.minimum(length_B.astype(jnp.int32), S)
     steps, lane, first = blocks_in_use(length_B, S, block)
@@ -95,14 +96,12 @@ def ragged_decode_attention(
     queries = pl.BlockSpec((1, heads, G, H), of_lane)
     cached = pl.BlockSpec((1, heads, block, H), of_block)
     scales = pl.BlockSpec((1, K, block), of_scales)  # of all heads: a tile of memory holds eight
-    operands = [q_BNH.reshape(B, K, G, H), k_BKSH, v_BKSH]
-    operands += [k_scale_BKS, v_scale_BKS] if quantised else []
     out = pl.pallas_call(
         functools.partial(_attend_block, block=block, capacity=S, quantised=quantised),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(halves, steps),
-            in_specs=[queries, cached, cached, *([scales, scales] if quantised else [])],
+            in_specs=[queries, cached, cached, *([scales] * len(scale_operands))],
             out_specs=queries,
             scratch_shapes=[
                 pltpu.VMEM((heads, G, VECTOR), jnp.float32),
@@ -114,7 +113,7 @@ def ragged_decode_attention(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="ragged_decode_attention",
-    )(lane, first, length_B, *operands)
+    )(lane, first, length_B, q_BNH.reshape(B, K, G, H), k_BKSH, v_BKSH, *scale_operands)
     return out.reshape(B, N, H)
 
 

@@ -15,7 +15,7 @@ from step_grpo.rollout.phases import Machine
 from step_grpo.rollout.policies import Confidence
 from step_grpo.rollout.triggers import build_vocabulary
 
-TEXTS = [b"<eos>", b"</think>", b"Wait", b" a", b" b", b"c", b"\n", b"{", b"}"]
+TEXTS = [b"<eos>", b"</think>", b"Wait", b" a", b" b", b"c", b"\n", b"{", b"}", b" Wait", b".Wait", b"\nWait"]
 CFG = qwen.QwenConfig(
     vocab_size=len(TEXTS), width=32, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=48, rope_theta=1e4,
     rms_eps=1e-6, tied=False, qk_norm=True, qkv_bias=False, init_std=0.35,
@@ -31,8 +31,10 @@ PALLAS = Attention("pallas", interpret=True)
 
 @functools.cache
 def params():
+    """Random weights under which ends are rare."""
     made = qwen.init_params(CFG, 1)
-    return {**made, "head_DV": made["head_DV"] * jnp.ones(len(TEXTS)).at[jnp.array([0, 1])].set(0.2)}
+    scale = jnp.ones(len(TEXTS)).at[jnp.array([0, 1])].set(0.05)
+    return {**made, "head_DV": made["head_DV"] * scale}
 
 
 @functools.cache
