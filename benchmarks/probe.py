@@ -77,7 +77,11 @@ def early_abort(probes: int, samples: int, lanes: int) -> dict[str, Any]:
         without += run(full, work, prompts, samples)
     inducing = len(quick.machine.policy.question)
     answers = exit_answer_tokens(work, without, start, samples)
-    exits = sum(c.reason == "early_exit" for c in without)
+    exited = [c for c in without if c.reason == "early_exit"]
+    exits = len(exited)
+    for c, answer in zip(exited, answers, strict=True):
+        alone = len(c.confidences) == 1
+        assert not alone or c.probe_tokens == answer + inducing - 1, "the answers are not the engine's"
     declined = count_probes(without) - exits
     kept_tokens = sum(answers) + exits * (inducing - 1)  # its first token is fed in the step of the trigger
     before = sum(c.probe_tokens for c in without) - kept_tokens
