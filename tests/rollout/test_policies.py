@@ -16,8 +16,10 @@ from step_grpo.errors import UserError
 from step_grpo.mesh import make_mesh
 from step_grpo.model import qwen
 from step_grpo.model.load import load_model
+from step_grpo.rollout.decode import fresh_lanes
 from step_grpo.rollout.engine import build_engine
 from step_grpo.rollout.exits import log_odds, sufficiency_score
+from step_grpo.rollout.phases import Emit, read_delimiters
 from step_grpo.rollout.policies import (
     POLICIES,
     Confidence,
@@ -128,6 +130,21 @@ def test_delimiters_in_whatever_pieces_are_those_of_a_regex_over_the_text(ids):
         state = int(TABLES.next_state[state, TABLES.token_class[i]])
         assert found == any(at < end <= at + len(PIECES[i]) for end in ends)
         at += len(PIECES[i])
+
+
+def test_held_delimiter_is_read_once_it_is_recorded():
+    """One token ends a delimiter and begins the next: read twice, it would be taken for that."""
+    vocab = build_vocabulary([b"<sep", b">\n", b"\n", b"Wait"], ("Wait",), DELIMITERS)
+    zero = jnp.zeros(1, jnp.int32)
+    lane = fresh_lanes(zero, zero, zero + 1, zero)
+    found = []
+    for token, recorded in [(0, True), (1, False), (1, True), (2, True)]:
+        found.append(
+            bool(vocab.delimiters.confirms[lane.delimiter_state[0], vocab.delimiters.token_class[token]])
+        )
+        emit = Emit(zero + recorded > 0, zero + token, zero, zero > 0, zero)
+        lane = read_delimiters(lane, vocab, emit)
+    assert found == [False, True, True, True]
 
 
 def test_delimiter_that_no_tokens_make_up_is_refused():
