@@ -171,8 +171,8 @@ def build(task: Task, mesh):
     params = jax.eval_shape(lambda p: qwen.decode_params(p, jnp.bfloat16), qwen.abstract_params(cfg))
     dtype = jnp.dtype(task.cache_dtype or "bfloat16")
     longest = reach(vocab.triggers)
-    make_state = partial(decode.empty_state, cfg, machine, task.lanes, task.capacity, dtype, longest)
-    state = jax.eval_shape(make_state)
+    sizes = task.lanes, task.capacity, dtype, longest
+    state = jax.eval_shape(partial(decode.empty_state, cfg, machine, *sizes, attention))
     prefill = partial(decode.prefill, cfg, None, attention=attention)
     rows, each_lane = max(mesh.size, task.lanes // 16), integers(task.lanes)
     prompts = params, None, integers(rows, task.prompt), integers(rows)
@@ -180,7 +180,7 @@ def build(task: Task, mesh):
     if task.program == "prefill":
         return on_devices(prefill, prompt_specs), placed_each(prompts, prompt_specs), ()
     if task.program == "insert":
-        values = state, jax.eval_shape(prefill, *prompts), each_lane, each_lane, each_lane
+        values = state, jax.eval_shape(prefill, *prompts), *[each_lane] * 4
         specs = (spread,) * len(values)
         return on_devices(decode.insert, specs, donate=0), placed_each(values, specs), state.cache
     key = jax.eval_shape(lambda: jax.random.key(0))

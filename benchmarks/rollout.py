@@ -133,7 +133,9 @@ def tiny(args: argparse.Namespace) -> dict[str, Any]:
     report("natural lengths", natural)
 
     truncated_run = Ours(work, make_engine(work, truncate=True), args.prompts, args.samples)
-    loop = restart_loop(work, peer, truncated_run.engine, batch)
+    loops = {b: restart_loop(work, peer, truncated_run.engine, b) for b in args.batches}
+    restart_batch = fastest(args.batches, flat, lambda part, b: lengths([t.tokens for t in loops[b](part)]))
+    loop = loops[restart_batch]
     truncated = interleave(
         {"ours": truncated_run, "restart": lambda: lengths([t.tokens for t in loop(flat)])}, args.repeats
     )
@@ -152,7 +154,8 @@ def tiny(args: argparse.Namespace) -> dict[str, Any]:
         "natural_vs_generate": plain_run,
         "truncated_vs_restart": truncated_run,
     }
-    return {**figures(pairs, GOALS, runs), "batch_equal": equal_batch, "batch_natural": batch}
+    batches = {"batch_equal": equal_batch, "batch_natural": batch, "batch_restart": restart_batch}
+    return {**figures(pairs, GOALS, runs), **batches}
 
 
 def shape(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, PartitionSpec
 
 from step_grpo.errors import UserError
-from step_grpo.model.cache import LayerCache, stored, write_token
+from step_grpo.model.cache import LayerCache, stored_token, write_token
 from step_grpo.model.tpu_kernels import ragged_decode_attention, write_token_in_place
 
 SETTINGS = ("auto", "xla", "pallas", "cudnn")
@@ -34,6 +34,11 @@ class Attention:
     kind: str = "xla"
     interpret: bool = False
     rows_over: Mesh | None = None
+
+    @property
+    def keys_as_columns(self) -> bool:
+        """How the cache that it decodes with holds its keys."""
+        return self.kind == "xla"
 
 
 XLA = Attention()
@@ -119,7 +124,7 @@ def _full_xla(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT):
     mask_BTS = jnp.tril(jnp.ones((T, T), bool))[None]
     if segments_BT is not None:
         mask_BTS &= _same_segment(segments_BT)
-    return attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), mask_BTS)
+    return attend(q_BTNH, LayerCache(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)), mask_BTS)
 
 
 def _full_cudnn(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT):
@@ -202,17 +207,15 @@ def decode_attention(
     cache = write_token(cache, k_BKH, v_BKH, length_B)
     if attention.kind == "cudnn" and cache.k_scale is None and cudnn_applies(q_BNH[:, None], masked=False):
         return _decode_cudnn(q_BNH, cache, length_B + 1), cache
-    mask_B1S = (jnp.arange(cache.k.shape[2]) <= length_B[:, None])[:, None]
-    return attend(q_BNH[:, None], *cache[:2], mask_B1S, *cache[2:])[:, 0], cache
+    mask_B1S = (jnp.arange(cache.capacity) <= length_B[:, None])[:, None]
+    return attend(q_BNH[:, None], cache, mask_B1S)[:, 0], cache
 
 
 def _decode_pallas(attention, q_BNH, k_BKH, v_BKH, cache, length_B):
-    token = stored(LayerCache(k_BKH, v_BKH), cache.k.dtype)
-    leaves = [leaf for leaf in cache if leaf is not None]
-    new = [leaf for leaf in token if leaf is not None]
-    cache = LayerCache(
-        *write_token_in_place(tuple(leaves), tuple(new), length_B, interpret=attention.interpret)
-    )
+    leaves, kept = jax.tree.flatten(cache)
+    new = jax.tree.leaves(stored_token(k_BKH, v_BKH, cache.k.dtype))
+    written = write_token_in_place(tuple(leaves), tuple(new), length_B, interpret=attention.interpret)
+    cache = jax.tree.unflatten(kept, written)
     q_BNH = q_BNH * jnp.asarray(q_BNH.shape[-1] ** -0.5, q_BNH.dtype)
     out = ragged_decode_attention(
         q_BNH, cache.k, cache.v, length_B + 1, cache.k_scale, cache.v_scale, interpret=attention.interpret
@@ -227,7 +230,7 @@ def _decode_cudnn(q_BNH: jax.Array, cache: LayerCache, length_B: jax.Array) -> j
     """
     B, N, H = q_BNH.shape
     K, S = cache.k.shape[1:3]
-    k, v = (x.reshape(B * K, S, 1, H) for x in cache[:2])
+    k, v = (x.reshape(B * K, S, 1, H) for x in (cache.k, cache.v))
     length = jnp.repeat(jnp.minimum(length_B, S), K).astype(jnp.int32)
     out = jax.nn.dot_product_attention(
         q_BNH.reshape(B * K, N // K, 1, H), k, v, key_value_seq_lengths=length, implementation="cudnn"
@@ -240,11 +243,8 @@ def _decode_cudnn(q_BNH: jax.Array, cache: LayerCache, length_B: jax.Array) -> j
 
 def attend(
     q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
+    held: LayerCache,
     mask_BTS: jax.Array,
-    k_scale_BKS: jax.Array | None = None,
-    v_scale_BKS: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of `N` query heads over `K` key/value heads, `N` a multiple of `K`.
 
@@ -253,29 +253,27 @@ def attend(
 
     Args:
         q_BTNH: queries.
-        k_BKSH: keys, heads before positions as the cache stores them.
-        v_BKSH: values, likewise.
+        held: keys and values.
         mask_BTS: True where query `t` may see key `s`.
-        k_scale_BKS: factors of int8 keys; None where keys and values are not quantised.
-        v_scale_BKS: factors of int8 values, likewise.
 
     Returns:
         `[B, T, N, H]` in the dtype of the queries.
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
+    K = held.v.shape[1]
     G = N // K
-    k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
+    k, v_BKSH = held.k.astype(q_BTNH.dtype), held.v.astype(q_BTNH.dtype)
     # The queries of a group stand as the rows of one product: with an axis of its own for one query time,
     # XLA's CPU matrix products are several times slower.
     q_BKMH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32)
-    if k_scale_BKS is not None:
-        scores *= k_scale_BKS[:, :, None]
+    product = "BKMH,BKHS->BKMS" if held.keys_as_columns else "BKMH,BKSH->BKMS"
+    scores = jnp.einsum(product, q_BKMH, k, preferred_element_type=jnp.float32)
+    if held.k_scale is not None:
+        scores *= held.k_scale[:, :, None]
     scores = scores.reshape(B, K, G, T, -1) * H**-0.5
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).reshape(B, K, G * T, -1)
-    if v_scale_BKS is not None:
-        weights *= v_scale_BKS[:, :, None]
+    if held.v_scale is not None:
+        weights *= held.v_scale[:, :, None]
     out_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights.astype(v_BKSH.dtype), v_BKSH)
     return out_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -220,7 +220,7 @@ def forward(
 
 
 def prefill(params: Params, cfg: QwenConfig, tokens_BT: jax.Array, attention: Attention = XLA) -> Cache:
-    """Runs prompts, padded on the right to `T`: a cache `[B, K, T, H]` a layer.
+    """Runs prompts, padded on the right to `T`: a cache with room for `T` tokens.
 
     No token sees what is behind it, so that the padding needs no mask; what the cache holds there is garbage.
     """
@@ -228,7 +228,7 @@ def prefill(params: Params, cfg: QwenConfig, tokens_BT: jax.Array, attention: At
 
     def keep(q_BTNH, k_BTKH, v_BTKH):
         kv = LayerCache(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
-        return full_attention(attention, q_BTNH, k_BTKH, v_BTKH), kv
+        return full_attention(attention, q_BTNH, k_BTKH, v_BTKH), kv.laid_out(attention.keys_as_columns)
 
     x_BTD = params["embed_VD"][tokens_BT]
     cache = []

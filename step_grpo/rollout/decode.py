@@ -34,7 +34,7 @@ class RolloutState(NamedTuple):
 class Prefilled(NamedTuple):
     """Prompts that completions can start from, leaves `[Q, ...]`."""
 
-    cache: Cache  # [Q, K, T, H] a layer
+    cache: Cache  # T tokens
     judge_cache: Cache  # likewise, its prefix before the prompt; empty where there is no second model
     length: jax.Array
     last_token: jax.Array
@@ -48,7 +48,13 @@ class Taken(NamedTuple):
 
 
 def empty_state(
-    cfg: qwen.QwenConfig, machine: Machine, lanes: int, capacity: int, dtype, reach: int
+    cfg: qwen.QwenConfig,
+    machine: Machine,
+    lanes: int,
+    capacity: int,
+    dtype,
+    reach: int,
+    attention: Attention = XLA,
 ) -> RolloutState:
     """A state in which every lane is free.
 
@@ -59,6 +65,7 @@ def empty_state(
         capacity: tokens that fit into each lane's cache.
         dtype: of the cache.
         reach: `triggers.reach` of the vocabulary.
+        attention: that will read the cache.
     """
     B, R = lanes, machine.max_response
     lane = fresh_lanes(
@@ -72,17 +79,15 @@ def empty_state(
         forced=jnp.zeros((B, R), bool),
         words=jnp.zeros((B, R if machine.truncate else 0, 2), jnp.uint32),
         recent=nothing_recent(B, reach),
-        cache=empty_cache(cfg.layers, B, cfg.kv_heads, capacity, cfg.head_dim, dtype),
-        judge_cache=empty_judge_cache(machine.judge, B, capacity, dtype),
+        cache=lane_cache(cfg, B, capacity, dtype, attention),
+        judge_cache=lane_cache(machine.judge.config, B, capacity, dtype, attention) if machine.judge else (),
     )
 
 
-def empty_judge_cache(judge: Judge | None, lanes: int, capacity: int, dtype) -> Cache:
-    """The second model's cache, as long as the lanes' own; none without a second model."""
-    if not judge:
-        return ()
-    cfg = judge.config
-    return empty_cache(cfg.layers, lanes, cfg.kv_heads, capacity, cfg.head_dim, dtype)
+def lane_cache(cfg: qwen.QwenConfig, lanes: int, capacity: int, dtype, attention: Attention) -> Cache:
+    """An empty cache of a model."""
+    sizes = cfg.layers, lanes, cfg.kv_heads, capacity, cfg.head_dim
+    return empty_cache(*sizes, dtype, keys_as_columns=attention.keys_as_columns)
 
 
 def fresh_lanes(
@@ -179,6 +184,32 @@ def resize(state: RolloutState, capacity: int) -> RolloutState:
 def pack(state: RolloutState, lanes: jax.Array) -> RolloutState:
     """Keeps the lanes `[B']` and forgets the others."""
     return jax.tree.map(lambda x: x[lanes], state)
+
+
+def move(source: RolloutState, target: RolloutState, row: jax.Array) -> tuple[RolloutState, RolloutState]:
+    """Takes lanes out of one state into another whose cache has more room.
+
+    Args:
+        source: `[B]` lanes; those that are taken are DONE afterwards.
+        target: `[A]` lanes.
+        row: `[A]` lane of `source` that a lane of `target` takes, -1 for one that stays as it is.
+
+    Returns:
+        The source and the target.
+    """
+
+    def take(old, new):
+        chosen = (row >= 0).reshape(-1, *[1] * (old.ndim - 1))
+        return jnp.where(chosen, new[jnp.maximum(row, 0)], old)
+
+    bare = {"cache": (), "judge_cache": ()}
+    moved = jax.tree.map(take, target._replace(**bare), source._replace(**bare))
+    gone = jnp.any(jnp.arange(len(source.lane.phase))[:, None] == row, axis=1)
+    lane = source.lane._replace(phase=jnp.where(gone, DONE, source.lane.phase))
+    return source._replace(lane=lane), moved._replace(
+        cache=copy_lanes(target.cache, source.cache, row),
+        judge_cache=copy_lanes(target.judge_cache, source.judge_cache, row),
+    )
 
 
 def decode_segment(

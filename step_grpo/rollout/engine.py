@@ -1,11 +1,12 @@
 """The host loop of the rollout: a queue of completions to make, and lanes that are never left idle."""
 
+import math
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,14 @@ from step_grpo.model.load import Description
 from step_grpo.rollout import decode
 from step_grpo.rollout.phases import DONE, REASONS, Machine
 from step_grpo.rollout.policies import Built, build_policy, encode
-from step_grpo.rollout.programs import Programs, make_ladder, round_up
+from step_grpo.rollout.programs import Programs, annex_lanes, make_ladder, round_up, shape_of
 from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, reach, token_bytes
 
-SEGMENT_STEPS = 64  # steps between two looks of the host at the lanes
+SEGMENT_STEPS = 64  # steps between two looks of the host at the lanes, at most
+LOOK_COST = 0.3  # what a look takes, in steps: about so much for a small model, less for a large one
 CLOSING = "\n</think>\n\n"  # appended where the machine ends the thinking
-REFILL_SHARE = 16  # lanes are refilled once this part of them (1 in 16) is free
+REFILL_SHARE = 16  # the host looks when this part of the lanes (1 in 16) should have become free
+SHRINK_AFTER = 16  # looks in a row at which a smaller cache would do, before it is made: a copy of all of it
 
 
 @dataclass(frozen=True)
@@ -57,23 +60,43 @@ class RolloutStats:
     live_steps: int = 0  # those that carried an unfinished completion
     prefilled: int = 0  # prompt tokens, padding included
     resizes: int = 0  # times the cache grew, shrank or was packed
+    moves: int = 0  # times completions moved to the annex
 
 
 @dataclass
-class Slots:
-    """Which completion each lane holds: `[devices][lanes of a device]`, None for a free lane."""
+class Pool:
+    """Lanes of one shape: their state, and what the host knows of them."""
 
-    owner: list[list[tuple[int, int] | None]]
+    state: decode.RolloutState
+    owner: list[list[tuple[int, int] | None]]  # [devices][lanes of a device] completion; None: a free lane
     kv_length: np.ndarray  # [devices, lanes of a device] tokens in the cache
 
     @classmethod
-    def free(cls, devices: int, lanes: int) -> "Slots":
-        """All lanes free."""
-        return cls([[None] * lanes for _ in range(devices)], np.zeros((devices, lanes), np.int32))
+    def of(cls, state: decode.RolloutState, devices: int) -> "Pool":
+        """A state in which all lanes are free."""
+        lanes = len(state.lane.phase) // devices
+        return cls(state, [[None] * lanes for _ in range(devices)], np.zeros((devices, lanes), np.int32))
+
+    @property
+    def lanes(self) -> int:
+        """Of a device."""
+        return self.kv_length.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit into a lane's cache."""
+        return shape_of(self.state).capacity
 
     def live(self) -> list[int]:
         """Completions in hand of each device."""
         return [sum(o is not None for o in owners) for owners in self.owner]
+
+    def longer(self, tokens: int) -> list[list[int]]:
+        """Live lanes of each device that hold more than `tokens`."""
+        return [
+            [lane for lane, owner in enumerate(owners) if owner is not None and held[lane] > tokens]
+            for owners, held in zip(self.owner, self.kv_length, strict=True)
+        ]
 
     def longest(self) -> int:
         """Tokens in the fullest cache of a live lane."""
@@ -134,6 +157,11 @@ class RolloutEngine:
         """Tokens that fit into a lane's full cache: prompt, response, and a check behind them."""
         return self.max_prompt + self.machine.max_response + self.machine.check_room
 
+    @property
+    def _has_annex(self) -> bool:
+        """Where the cost of attention follows the capacity, not the lengths in use, an annex saves time."""
+        return self._attention.kind == "xla"
+
     def compile(self, params: qwen.Params, completions: int) -> Programs:
         """Compiles every program that calls can need; later calls of this method return what is there.
 
@@ -143,7 +171,7 @@ class RolloutEngine:
         """
         if self._programs is None:
             lanes = self.lanes or self._lanes_that_fit(completions)
-            ladder = make_ladder(lanes, self.capacity, self.max_prompt, self.mesh.size)
+            ladder = make_ladder(lanes, self.capacity, self.max_prompt, self.mesh.size, annex=self._has_annex)
             rows = max(1, lanes // self.mesh.size // REFILL_SHARE)
             self._programs = Programs(
                 self.cfg,
@@ -162,7 +190,8 @@ class RolloutEngine:
     def _lanes_that_fit(self, completions: int) -> int:
         wanted = round_up(completions, self.mesh.size) // self.mesh.size
         lane = lane_bytes(self.cfg, self.machine, self.vocab, self.capacity, self.dtype)
-        return self.mesh.size * lanes_that_fit([free_bytes(d) for d in self.mesh.local_devices], lane, wanted)
+        free = [free_bytes(d) for d in self.mesh.local_devices]
+        return self.mesh.size * lanes_that_fit(free, lane, wanted, annex=self._has_annex)
 
     def __call__(
         self,
@@ -201,9 +230,9 @@ class RolloutEngine:
         finished: list[Completion] = []
         while len(finished) < len(prompts) * samples:
             work.fill(params)
-            work.fit()
-            work.advance(params, run_key)
-            finished += work.harvest()
+            pool, steps = work.fit()
+            work.advance(pool, params, run_key, steps)
+            finished += work.harvest(pool)
             on_progress(len(finished))
         finished.sort(key=lambda c: (c.prompt, c.sample))
         stats.seconds = time.monotonic() - started
@@ -221,11 +250,16 @@ class _Work:
     devices: int
     stats: RolloutStats
     ready: list[Ready] = field(default_factory=list)
+    finished: int = 0
+    roomy: int = 0  # looks in a row at which a smaller cache would have done
 
     def __post_init__(self):
         self.queue = deque(range(len(self.prompts)))
-        self.state = self.programs.empty()
-        self.slots = Slots.free(self.devices, self.programs.ladder.packed[0] // self.devices)
+        ladder = self.programs.ladder
+        self.main = Pool.of(self.programs.empty(ladder.shapes[0]), self.devices)
+        self.annex = None
+        if ladder.annex:
+            self.annex = Pool.of(self.programs.empty(ladder.annex_shape), self.devices)
 
     @property
     def pending(self) -> bool:
@@ -236,24 +270,22 @@ class _Work:
 
     def fill(self, params: qwen.Params) -> None:
         """Starts waiting completions in all free lanes; a prompt is prefilled once for its whole group."""
-        started = time.monotonic()
         while True:
             for ready in self.ready:
                 self._insert(ready)
             self.ready = [r for r in self.ready if any(r.waiting)]
-            hungry = [
-                None in owners and not any(r.waiting[d] for r in self.ready)
-                for d, owners in enumerate(self.slots.owner)
-            ]
-            if not self.queue or not any(hungry):
+            waiting = [sum(len(r.waiting[d]) for r in self.ready) for d in range(self.devices)]
+            if not self.queue or not any(
+                None in owners and not n for owners, n in zip(self.main.owner, waiting, strict=True)
+            ):
                 break
-            self.ready.append(self._prefill(params, hungry))
-        jax.block_until_ready(self.state)
-        self.stats.prefill_seconds += time.monotonic() - started
+            # Whoever would be hungry at the next look is served with those that are now.
+            spare = max(1, self.main.lanes // REFILL_SHARE)
+            self.ready.append(self._prefill(params, [n <= spare for n in waiting]))
 
     def _prefill(self, params: qwen.Params, hungry: list[bool]) -> Ready:
         """The next prompts of the queue, for the devices that need some."""
-        rows = self.programs.rows
+        started, rows = time.monotonic(), self.programs.rows
         waiting: list[deque[tuple[int, int, int]]] = [deque() for _ in range(self.devices)]
         chosen: dict[int, int] = {}  # row over all devices -> prompt
         for row in range(rows):  # row by row, so that a short queue is shared
@@ -269,139 +301,222 @@ class _Work:
         for row, prompt in chosen.items():
             lengths[row] = len(self.prompts[prompt])
             tokens[row, : lengths[row]] = self.prompts[prompt]
+        prefilled = jax.block_until_ready(self.programs.prefill(params, tokens, lengths))
         self.stats.prefilled += tokens.size
-        return Ready(self.programs.prefill(params, tokens, lengths), waiting)
+        self.stats.prefill_seconds += time.monotonic() - started
+        return Ready(prefilled, waiting)
 
     def _insert(self, ready: Ready) -> None:
-        lanes = len(self.slots.owner[0])
+        lanes = self.main.lanes
         row, prompt_id, sample_id, limit = (np.zeros((self.devices, lanes), np.int32) for _ in range(4))
         row -= 1
         for device, waiting in enumerate(ready.waiting):
-            owners = self.slots.owner[device]
+            owners = self.main.owner[device]
             for lane in range(lanes):
                 if owners[lane] is None and waiting:
                     row[device, lane], prompt, sample = waiting.popleft()
                     owners[lane] = prompt, sample
                     prompt_id[device, lane], sample_id[device, lane] = identity(self.prompts[prompt]), sample
                     limit[device, lane] = self.limits[prompt * self.samples + sample]
-                    self.slots.kv_length[device, lane] = len(self.prompts[prompt])
+                    self.main.kv_length[device, lane] = len(self.prompts[prompt])
         if (row >= 0).any():
-            width = ready.prefilled.cache[0].k.shape[2]
-            self._resize_for(max(self.slots.longest(), width) + self.programs.judge_prefix)
-            self.state = self.programs.insert(
-                self.state, ready.prefilled, row.ravel(), prompt_id.ravel(), sample_id.ravel(), limit.ravel()
+            width = ready.prefilled.cache[0].capacity
+            self._grow_for(width + self.programs.judge_prefix)
+            self.main.state = self.programs.insert(
+                self.main.state,
+                ready.prefilled,
+                row.ravel(),
+                prompt_id.ravel(),
+                sample_id.ravel(),
+                limit.ravel(),
             )
 
     # ------------------------------------------------------------------ shapes
 
-    def fit(self) -> None:
-        """Gives the state the smallest shape that holds the next segment."""
-        ladder, lanes = self.programs.ladder, len(self.slots.owner[0])
-        while not self.pending and (level := ladder.packed.index(lanes * self.devices) + 1) < len(
-            ladder.packed
-        ):
-            fewer = ladder.packed[level] // self.devices
-            if max(self.slots.live()) > fewer:
-                break
-            self._resize_for(ladder.capacities[-1])
-            self._pack(fewer)
-            lanes = fewer
-        if lanes * self.devices == ladder.packed[0]:
-            self._resize_for(self.slots.longest() + SEGMENT_STEPS + self.programs.judge_ahead)
+    def fit(self) -> tuple[Pool, int]:
+        """Gives the lanes the smallest shapes that hold the next segment; who takes it, and its steps.
 
-    def _resize_for(self, tokens: int) -> None:
-        """Grows or shrinks the cache, a rung at a time, to the least capacity for `tokens`."""
+        The annex waits until its lanes are full or nothing else is left: so few lanes are best advanced when
+        none of them is free.
+        """
+        if not self.pending and self._pack():
+            assert self.annex
+            return self.annex, self._steps_to_look(self.annex)
+        # In a small cache a long segment would make many lanes look too long for it.
+        steps = min(self._steps_to_look(self.main), self.main.capacity // 8)
+        if not self._make_room(steps + self.programs.judge_ahead):
+            assert self.annex
+            return self.annex, self._steps_to_look(self.annex)
+        self._grow_for(self.main.longest() + steps + self.programs.judge_ahead)
+        return self.main, steps
+
+    def _steps_to_look(self, pool: Pool) -> int:
+        """Steps until the host looks at the lanes again.
+
+        Where completions take `n` steps, `k` steps without a look leave `k / 2n` of the lanes idle, and looks
+        take `LOOK_COST / k` of the time: least in sum at the `k` returned. Every device takes as many: one
+        that stopped when its own lanes are free would wait for the others.
+        """
+        lifetime = self.stats.live_steps / max(self.finished, 1)
+        return min(max(round(math.sqrt(2 * lifetime * LOOK_COST)), 1), SEGMENT_STEPS)
+
+    def _pack(self) -> bool:
+        """Into fewer lanes, if those in use fit there; returns whether the annex has or awaits them all."""
+        live = self.main.live()
+        if self.annex and max(live) <= self.annex.lanes:
+            room = [self.annex.lanes - n for n in self.annex.live()]
+            if any(live) and all(n <= r for n, r in zip(live, room, strict=True)):
+                self._move(self.main.longer(-1))
+            return True
+        packed = [n // self.devices for n in self.programs.ladder.packed]
+        for fewer in packed[packed.index(self.main.lanes) + 1 :]:
+            if max(live) <= fewer:
+                self._keep(fewer)
+        return False
+
+    def _make_room(self, ahead: int) -> bool:
+        """Moves lanes that need more than the cache holds to the annex, if that is where they belong.
+
+        They do where the annex has lanes for all of them; else the cache is to grow. A larger cache shrinks
+        once the annex could for a while have taken all that need it.
+
+        Args:
+            ahead: tokens that each lane may come to hold beyond those that it does.
+
+        Returns:
+            False where the annex must first free lanes for them.
+        """
+        aside = self.annex.lanes if self.annex else 0
         capacities = self.programs.ladder.capacities
-        fits = [c for c in capacities if c >= tokens]
-        wanted = capacities.index(fits[0] if fits else capacities[-1])
-        at = capacities.index(self.state.cache[0].k.shape[2])
-        while at != wanted:
-            at += 1 if wanted > at else -1
-            self.state = self.programs.resize(self.state, capacities[at])
-            self.stats.resizes += 1
+        capacity = self.main.capacity
+        if capacity > capacities[0]:
+            smaller = capacities[capacities.index(capacity) - 1]
+            fits = max(map(len, self.main.longer(smaller - ahead))) <= aside
+            self.roomy = self.roomy + 1 if fits else 0
+            if self.roomy >= SHRINK_AFTER:
+                capacity = smaller
+        long = self.main.longer(capacity - ahead)
+        if capacity == capacities[-1] or max(map(len, long)) > aside:
+            return True
+        if self.annex and any(long):
+            room = [aside - n for n in self.annex.live()]
+            if any(len(lanes) > r for lanes, r in zip(long, room, strict=True)):
+                return False
+            self._move(long)
+        if capacity < self.main.capacity:
+            self._resize(capacity)
+        return True
 
-    def _pack(self, fewer: int) -> None:
+    def _grow_for(self, tokens: int) -> None:
+        """Grows the cache, a rung at a time, to the least capacity for `tokens`, or to the largest."""
+        largest = self.programs.ladder.capacities[-1]
+        for capacity in self.programs.ladder.capacities:
+            if self.main.capacity < min(tokens, largest) and self.main.capacity < capacity:
+                self._resize(capacity)
+
+    def _resize(self, capacity: int) -> None:
+        self.main.state = self.programs.resize(self.main.state, capacity)
+        self.stats.resizes += 1
+        self.roomy = 0
+
+    def _keep(self, fewer: int) -> None:
         """Keeps the live lanes of each device, filled up with free ones to `fewer`."""
+        main = self.main
         kept = np.zeros((self.devices, fewer), np.int32)
-        for device, owners in enumerate(self.slots.owner):
+        for device, owners in enumerate(main.owner):
             live = [lane for lane, owner in enumerate(owners) if owner is not None]
             free = [lane for lane, owner in enumerate(owners) if owner is None]
             kept[device] = (live + free)[:fewer]
-            self.slots.owner[device] = [owners[lane] for lane in kept[device]]
-        self.slots.kv_length = np.take_along_axis(self.slots.kv_length, kept, axis=1)
-        self.state = self.programs.pack(self.state, kept.ravel())
+            main.owner[device] = [owners[lane] for lane in kept[device]]
+        main.kv_length = np.take_along_axis(main.kv_length, kept, axis=1)
+        main.state = self.programs.pack(main.state, kept.ravel())
         self.stats.resizes += 1
+
+    def _move(self, lanes: list[list[int]]) -> None:
+        """Moves these lanes of each device to free ones of the annex."""
+        main, annex = self.main, self.annex
+        assert annex
+        row = np.full((self.devices, annex.lanes), -1, np.int32)
+        for device, moving in enumerate(lanes):
+            free = [i for i, owner in enumerate(annex.owner[device]) if owner is None]
+            for lane, to in zip(moving, free, strict=False):
+                row[device, to] = lane
+                annex.owner[device][to], main.owner[device][lane] = main.owner[device][lane], None
+                annex.kv_length[device, to] = main.kv_length[device, lane]
+        main.state, annex.state = self.programs.move(main.state, annex.state, row.ravel())
+        self.stats.moves += 1
 
     # ------------------------------------------------------------------ tokens
 
-    def advance(self, params: qwen.Params, run_key: jax.Array) -> None:
-        """One segment; it ends early where the host could do something about free lanes."""
+    def advance(self, pool: Pool, params: qwen.Params, run_key: jax.Array, steps: int) -> None:
+        """One segment of at most `steps`; it ends early where far more lanes than expected are free."""
         started = time.monotonic()
-        lanes = len(self.slots.owner[0])
-        enough = max(1, lanes // REFILL_SHARE)
-        live = self.slots.live()
-        if self.pending:
-            stop = [max(n - enough, 0) for n in live]
-        else:
-            stop = [self._next_packing(lanes) if n > self._next_packing(lanes) else 0 for n in live]
-        self.state, taken = self.programs.segment(
-            params, run_key, self.state, np.int32(SEGMENT_STEPS), np.array(stop, np.int32)
+        burst = 4 * max(1, pool.lanes // REFILL_SHARE)
+        stop = [max(n - burst, 0) if self.pending else 0 for n in pool.live()]
+        pool.state, taken = self.programs.segment(
+            params, run_key, pool.state, np.int32(steps), np.array(stop, np.int32)
         )
         taken = jax.device_get(taken)
         self.stats.steps += int(taken.steps.sum())
-        self.stats.lane_steps += int(taken.steps.sum()) * lanes
+        self.stats.lane_steps += int(taken.steps.sum()) * pool.lanes
         self.stats.live_steps += int(taken.live_steps.sum())
         self.stats.decode_seconds += time.monotonic() - started
 
-    def _next_packing(self, lanes: int) -> int:
-        """Lanes of a device after the next packing; 0 where there is none."""
-        packed = self.programs.ladder.packed
-        level = packed.index(lanes * self.devices) + 1
-        return packed[level] // self.devices if level < len(packed) else 0
-
-    def harvest(self) -> list[Completion]:
+    def harvest(self, pool: Pool) -> list[Completion]:
         """Takes the finished completions out of their lanes and frees them."""
-        shape = self.slots.kv_length.shape
-        phase, kv_length = jax.device_get((self.state.lane.phase, self.state.lane.kv_length))
-        self.slots.kv_length = kv_length.reshape(shape).copy()
+        state, shape = pool.state, pool.kv_length.shape
+        phase, kv_length = jax.device_get((state.lane.phase, state.lane.kv_length))
+        pool.kv_length = kv_length.reshape(shape).copy()
         phase = phase.reshape(shape)
         ready = [
             (device, lane, owner)
-            for device, owners in enumerate(self.slots.owner)
+            for device, owners in enumerate(pool.owner)
             for lane, owner in enumerate(owners)
             if owner is not None and phase[device, lane] == DONE
         ]
         if not ready:
             return []
+        lane = state.lane
         written = jax.device_get(
-            (
-                self.state.lane,
-                self.state.probed.confidences,
-                self.state.tokens,
-                self.state.logprobs,
-                self.state.forced,
+            Written(
+                *(lane.length, lane.reason, lane.probes, lane.probe_tokens),
+                *(state.probed.confidences, state.tokens, state.logprobs, state.forced),
             )
         )
-        completions = []
-        for device, lane, (prompt, sample) in ready:
-            completions.append(completion_of(written, device * shape[1] + lane, prompt, sample))
-            self.slots.owner[device][lane] = None
-        return completions
+        for device, lane, _ in ready:
+            pool.owner[device][lane] = None
+        self.finished += len(ready)
+        return [
+            completion_of(written, device * shape[1] + lane, prompt, sample)
+            for device, lane, (prompt, sample) in ready
+        ]
 
 
-def completion_of(written, b: int, prompt: int, sample: int) -> Completion:
-    """Lane `b` of what was written: lane scalars, confidences, tokens, log-probs, forced."""
-    lane, confidences, tokens, logprobs, forced = written
-    n = lane.length[b]
+class Written(NamedTuple):
+    """What the host reads of finished lanes, leaves `[B, ...]` as in the rollout's state."""
+
+    length: np.ndarray
+    reason: np.ndarray
+    probes: np.ndarray
+    probe_tokens: np.ndarray
+    confidences: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    forced: np.ndarray
+
+
+def completion_of(written: Written, b: int, prompt: int, sample: int) -> Completion:
+    """Lane `b` of what was written."""
+    n = written.length[b]
     return Completion(
         prompt=prompt,
         sample=sample,
-        tokens=tokens[b, :n].copy(),
-        logprobs=logprobs[b, :n].copy(),
-        forced=forced[b, :n].copy(),
-        reason=REASONS[lane.reason[b]],
-        confidences=confidences[b, : lane.probes[b]].copy(),
-        probe_tokens=int(lane.probe_tokens[b]),
+        tokens=written.tokens[b, :n].copy(),
+        logprobs=written.logprobs[b, :n].copy(),
+        forced=written.forced[b, :n].copy(),
+        reason=REASONS[written.reason[b]],
+        confidences=written.confidences[b, : written.probes[b]].copy(),
+        probe_tokens=int(written.probe_tokens[b]),
     )
 
 
@@ -440,13 +555,14 @@ def lane_bytes(cfg: qwen.QwenConfig, machine: Machine, vocab: Vocabulary, capaci
     return held + 4 * 4 * cfg.vocab_size
 
 
-def lanes_that_fit(free: Sequence[int | None], lane: int, wanted: int) -> int:
+def lanes_that_fit(free: Sequence[int | None], lane: int, wanted: int, *, annex: bool) -> int:
     """Lanes of each device: as many as the poorest has memory for, never more than `wanted`.
 
     Args:
         free: bytes free on each device, None where it does not tell.
         lane: bytes of a lane.
         wanted: completions a device makes.
+        annex: there is one beside the lanes.
 
     Raises:
         UserError: not even one lane fits.
@@ -459,6 +575,8 @@ def lanes_that_fit(free: Sequence[int | None], lane: int, wanted: int) -> int:
             f"{lane / 2**30:.2f} GiB; lower config.rollout.max_response_tokens or use more devices"
         )
     lanes = min(most, wanted, MOST_LANES)
+    while known and annex and lanes + annex_lanes(lanes) > most:
+        lanes -= 1
     return lanes if lanes < 8 else lanes // 8 * 8
 
 

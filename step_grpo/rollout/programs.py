@@ -1,10 +1,11 @@
 """The compiled programs of a rollout: a short ladder of shapes, all compiled before the first token.
 
 A rollout state has a shape: the number of lanes and the tokens that each lane's cache holds. It starts with
-every lane and a small cache; the cache doubles when a lane needs more room and halves when none does; once
-the queue is empty and most lanes are free, the rest is packed into half as many. Every program is compiled
-ahead of time and called by shape, so a shape that nobody planned is an error and never a silent
-compilation.
+every lane and a small cache. The few completions that outgrow it move to the annex, a second state of few
+lanes with the largest cache; the cache itself doubles when more do, and halves when few need it. Once the
+queue is empty and most lanes are free, the rest goes to the annex; where there is none, it is packed into a
+quarter as many lanes. Every program is compiled ahead of time and called by shape, so a shape that nobody
+planned is an error and never a silent compilation.
 """
 
 import itertools
@@ -28,7 +29,8 @@ from step_grpo.rollout.triggers import Vocabulary, reach
 
 CAPACITY_LEVELS = 3  # full, half, quarter
 LEAST_CAPACITY = 128  # tokens below which a smaller cache is not worth a program
-PACKINGS = 3  # lanes packed into a half, a quarter, an eighth
+PACKING = 4  # lanes are packed into a quarter, and again
+ANNEX_SHARE = 8  # one lane in so many has a place in the annex
 LEAST_LANES = 8  # of a device, below which packing saves nothing
 WIDTH_LEVELS = 3  # prompts padded to the full width, half, a quarter
 
@@ -43,19 +45,23 @@ class Shape(NamedTuple):
 class Ladder(NamedTuple):
     """The shapes that a rollout may pass through."""
 
-    capacities: tuple[int, ...]  # with all lanes, the smallest first
-    packed: tuple[int, ...]  # lanes, the most first; the first is all of them; the rest at full capacity
+    capacities: tuple[int, ...]  # the smallest first
+    packed: tuple[int, ...]  # lanes over all devices, the most first; the first is all of them
+    annex: int  # lanes of the annex over all devices; 0 for none
     widths: tuple[int, ...]  # of padded prompts, the smallest first
 
     @property
     def shapes(self) -> list[Shape]:
-        """Every shape of the state."""
-        return [Shape(self.packed[0], c) for c in self.capacities] + [
-            Shape(lanes, self.capacities[-1]) for lanes in self.packed[1:]
-        ]
+        """Every shape of the state, but for the annex."""
+        return [Shape(lanes, capacity) for lanes in self.packed for capacity in self.capacities]
+
+    @property
+    def annex_shape(self) -> Shape:
+        """Of the annex; its number of lanes is none of those of the state."""
+        return Shape(self.annex, self.capacities[-1])
 
 
-def make_ladder(lanes: int, capacity: int, max_prompt: int, devices: int) -> Ladder:
+def make_ladder(lanes: int, capacity: int, max_prompt: int, devices: int, *, annex: bool) -> Ladder:
     """The shapes between a start and what the longest completion needs.
 
     Args:
@@ -63,14 +69,26 @@ def make_ladder(lanes: int, capacity: int, max_prompt: int, devices: int) -> Lad
         capacity: tokens of the longest prompt, completion and check.
         max_prompt: tokens of the longest prompt.
         devices: number of devices that share the lanes.
+        annex: outliers may have lanes of their own, where there are lanes enough.
     """
-    packed = [lanes]
-    while len(packed) <= PACKINGS and packed[-1] % (2 * devices) == 0:
-        if packed[-1] // (2 * devices) < LEAST_LANES:
-            break
-        packed.append(packed[-1] // 2)
     capacities = halvings(capacity, CAPACITY_LEVELS, LEAST_CAPACITY, 64)
-    return Ladder(capacities, tuple(packed), halvings(max_prompt, WIDTH_LEVELS, 32, 32))
+    local = lanes // devices
+    aside = annex_lanes(local) if annex and len(capacities) > 1 else 0
+    packed = [local]
+    while not aside and packed[-1] // PACKING >= LEAST_LANES:
+        packed.append(packed[-1] // PACKING)
+    return Ladder(
+        capacities,
+        tuple(n * devices for n in packed),
+        aside * devices,
+        halvings(max_prompt, WIDTH_LEVELS, 32, 32),
+    )
+
+
+def annex_lanes(lanes: int) -> int:
+    """Lanes of a device's annex; 0 where it has so few lanes that there is no annex."""
+    aside = max(LEAST_LANES, lanes // ANNEX_SHARE)
+    return aside if aside < lanes else 0
 
 
 def halvings(most: int, levels: int, least: int, multiple: int) -> tuple[int, ...]:
@@ -123,7 +141,9 @@ class Programs:
         self.ladder, self.rows, self._mesh, self._vocab = ladder, rows, mesh, vocab
         self._here, self._everywhere = over_data(mesh), replicated(mesh)
         self._cfg, self._machine, self._judge_params, self._attention = cfg, machine, judge_params, attention
-        self._make_state = partial(decode.empty_state, cfg, machine, dtype=dtype, reach=reach(vocab.triggers))
+        self._make_state = partial(
+            decode.empty_state, cfg, machine, dtype=dtype, reach=reach(vocab.triggers), attention=attention
+        )
         with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
             planned = self._plan(params)
             made = pool.map(lambda lowered: lowered().compile(), planned.values())
@@ -141,9 +161,9 @@ class Programs:
 
     # ------------------------------------------------------------------ what the engine calls
 
-    def empty(self) -> RolloutState:
-        """Every lane free, with the smallest cache."""
-        return self._programs["empty"]()
+    def empty(self, shape: Shape) -> RolloutState:
+        """Every lane free; the first shape of the ladder, or the annex."""
+        return self._programs["empty", shape]()
 
     def prefill(self, params, tokens, lengths) -> Prefilled:
         """Prompts `[devices * rows, width]`, each device's own behind one another."""
@@ -153,7 +173,7 @@ class Programs:
         self, state: RolloutState, prefilled: Prefilled, row, prompt_id, sample_id, limit
     ) -> RolloutState:
         """Starts completions in lanes; `row` counts the device's own prompts."""
-        width = prefilled.cache[0].k.shape[2]
+        width = prefilled.cache[0].capacity
         program = self._programs["insert", shape_of(state), width]
         return program(state, prefilled, row, prompt_id, sample_id, limit)
 
@@ -167,8 +187,12 @@ class Programs:
         return self._programs["resize", shape_of(state), capacity](state)
 
     def pack(self, state: RolloutState, lanes_B) -> RolloutState:
-        """Keeps the lanes `lanes_B` of each device (counted within it), half of the present ones."""
+        """Keeps the lanes `lanes_B` of each device (counted within it), the next fewer of the ladder."""
         return self._programs["pack", shape_of(state)](state, lanes_B)
+
+    def move(self, state: RolloutState, annex: RolloutState, row) -> tuple[RolloutState, RolloutState]:
+        """Lanes to the annex; `row` names for each of its lanes one of its device's, or -1."""
+        return self._programs["move", shape_of(state)](state, annex, row)
 
     # ------------------------------------------------------------------ how they are made
 
@@ -182,9 +206,11 @@ class Programs:
         per_device = self._abstract((n,), jnp.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._everywhere)
-        first = self.ladder.shapes[0]
-        empty = partial(self._make_state, lanes=first.lanes // n, capacity=first.capacity)
-        plan: dict[Hashable, Callable[[], Any]] = {"empty": self._lower(empty, (), (), local)}
+        annex = [self.ladder.annex_shape] if self.ladder.annex else []
+        plan: dict[Hashable, Callable[[], Any]] = {}
+        for shape in [self.ladder.shapes[0], *annex]:
+            empty = partial(self._make_state, lanes=shape.lanes // n, capacity=shape.capacity)
+            plan["empty", shape] = self._lower(empty, (), (), local)
         for width in self.ladder.widths:
             prompts = self._abstract((n * self.rows, width), jnp.int32)
             lengths = self._abstract((n * self.rows,), jnp.int32)
@@ -195,7 +221,7 @@ class Programs:
                 local,
             )
         segment = partial(decode.decode_segment, cfg, machine, attention=self._attention)
-        for shape in self.ladder.shapes:
+        for shape in [*self.ladder.shapes, *annex]:
             state = self._state(shape)
             arguments = (params, self._vocab, key, state, count, per_device, judge_params)
             specs = (all_, all_, all_, local, all_, local, all_)
@@ -204,8 +230,14 @@ class Programs:
             for width in self.ladder.widths:
                 if width + self.judge_prefix <= shape.capacity:
                     plan["insert", shape, width] = self._plan_insert(shape, self._prefilled(params, width))
-        plan |= self._plan_resizes() | self._plan_packings()
-        return plan
+        for shape in self.ladder.shapes if annex else []:
+            arguments = (
+                self._state(shape),
+                self._state(*annex),
+                self._abstract((self.ladder.annex,), jnp.int32),
+            )
+            plan["move", shape] = self._lower(decode.move, arguments, (local,) * 3, local, donate=(0, 1))
+        return plan | self._plan_resizes() | self._plan_packings()
 
     def _plan_insert(self, shape: Shape, prefilled: Prefilled) -> Callable[[], Any]:
         lanes = self._abstract((shape.lanes,), jnp.int32)
@@ -214,22 +246,24 @@ class Programs:
         return self._lower(decode.insert, arguments, (local,) * 6, local, donate=0)
 
     def _plan_resizes(self) -> dict[Hashable, Callable[[], Any]]:
-        local, capacities, lanes = PartitionSpec("data"), self.ladder.capacities, self.ladder.packed[0]
+        local = PartitionSpec("data")
+        neighbours = list(itertools.pairwise(self.ladder.capacities))
         plan: dict[Hashable, Callable[[], Any]] = {}
-        for small, large in itertools.pairwise(capacities):
-            for old, new in ((small, large), (large, small)):
+        for lanes in self.ladder.packed:
+            for old, new in [*neighbours, *((large, small) for small, large in neighbours)]:
                 shape = Shape(lanes, old)
                 resize = partial(decode.resize, capacity=new)
                 plan["resize", shape, new] = self._lower(resize, (self._state(shape),), (local,), local)
         return plan
 
     def _plan_packings(self) -> dict[Hashable, Callable[[], Any]]:
-        local, packed = PartitionSpec("data"), self.ladder.packed
+        local = PartitionSpec("data")
         plan: dict[Hashable, Callable[[], Any]] = {}
-        for old, new in itertools.pairwise(packed):
-            shape = Shape(old, self.ladder.capacities[-1])
-            arguments = (self._state(shape), self._abstract((new,), jnp.int32))
-            plan["pack", shape] = self._lower(decode.pack, arguments, (local, local), local)
+        for old, new in itertools.pairwise(self.ladder.packed):
+            for capacity in self.ladder.capacities:
+                shape = Shape(old, capacity)
+                arguments = (self._state(shape), self._abstract((new,), jnp.int32))
+                plan["pack", shape] = self._lower(decode.pack, arguments, (local, local), local)
         return plan
 
     def _lower(self, function, arguments, in_specs, out_specs, donate=()):
@@ -257,4 +291,4 @@ class Programs:
 
 def shape_of(state: RolloutState) -> Shape:
     """The shape of a state."""
-    return Shape(state.lane.phase.shape[0], state.cache[0].k.shape[2])
+    return Shape(state.lane.phase.shape[0], state.cache[0].capacity)

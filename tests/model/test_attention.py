@@ -22,7 +22,7 @@ from step_grpo.model.attention import (
     full_attention,
     splash_block,
 )
-from step_grpo.model.cache import LayerCache, empty_cache, quantise, stored, write_token
+from step_grpo.model.cache import LayerCache, empty_cache, quantise, stored, stored_token, write_token
 from step_grpo.model.tpu_kernels import (
     blocks_in_use,
     decode_block,
@@ -125,7 +125,7 @@ def test_written_token_stands_at_its_position_and_nothing_else_changed(S, dtype)
     positions = np.array([0, 7, 8, 15, 16, 17, S - 1, S, S + 1, S + 31, -1])
     B, K, H = len(positions), 2, 16
     old = stored(LayerCache(random(0, B, K, S, H), random(1, B, K, S, H)), dtype)
-    token = stored(LayerCache(random(2, B, K, H), random(3, B, K, H)), dtype)
+    token = stored_token(random(2, B, K, H), random(3, B, K, H), dtype)
     old_leaves, new_leaves = jax.tree.leaves(old), jax.tree.leaves(token)
     assert len(old_leaves) == (4 if dtype == jnp.int8 else 2)
     expected = [np.array(leaf) for leaf in old_leaves]
@@ -150,17 +150,21 @@ def test_scatter_and_kernel_write_the_same_cache():
 # ---------------------------------------------------------------- decode_attention
 
 
-@pytest.mark.parametrize("kind", [XLA, PALLAS], ids=["xla", "pallas"])
+@pytest.mark.parametrize(
+    ("kind", "columns"), [(XLA, False), (XLA, True), (PALLAS, False)], ids=["xla", "columns", "pallas"]
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-def test_decoded_token_sees_itself_and_what_the_cache_holds(kind, dtype):
+def test_decoded_token_sees_itself_and_what_the_cache_holds(kind, columns, dtype):
     lengths = np.array([0, 1, 100, 191])
     q, k, v = random_heads(4, 2, 3, 192, 64, dtype)
     new_k, new_v = random(7, 4, 2, 64, dtype=dtype), random(8, 4, 2, 64, dtype=dtype)
-    out, cache = decode_attention(kind, q, new_k, new_v, LayerCache(k, v), lengths)
+    held = LayerCache(k, v).laid_out(columns)
+    out, cache = decode_attention(kind, q, new_k, new_v, held, lengths)
+    assert cache.keys_as_columns == columns
     full_k, full_v = np.array(k), np.array(v)
     for b, length in enumerate(lengths):
         full_k[b, :, length], full_v[b, :, length] = new_k[b], new_v[b]
-    np.testing.assert_array_equal(cache.k, full_k)
+    np.testing.assert_array_equal(cache.laid_out(False).k, full_k)
     expected = plain_attention(q, full_k, full_v, lengths + 1)
     assert np.abs(np.asarray(out, np.float64) - expected).max() < TOLERANCE[dtype]
 
@@ -205,7 +209,7 @@ def test_attention_over_int8_is_within_the_bound_of_the_rounding(kind, spread):
     lengths = np.array([1, 40, 127, 128, 250, 255])
     q, k, v = random_heads(len(lengths), 2, 4, 256, 64)
     k, v = k * spread, v * spread
-    cache = stored(LayerCache(k, v), jnp.int8)
+    cache = stored(LayerCache(k, v).laid_out(kind.keys_as_columns), jnp.int8)
     new_k, new_v = random(7, 6, 2, 64) * spread, random(8, 6, 2, 64) * spread
     out, cache = decode_attention(kind, q, new_k, new_v, cache, lengths)
     exact = write_token(LayerCache(k, v), new_k, new_v, lengths)
@@ -226,9 +230,9 @@ def test_int8_kernel_equals_plain_attention_over_the_rounded_cache(K, G, H):
     cache = stored(LayerCache(k, v), jnp.int8)
     rounded = [
         np.asarray(x, np.float64) * np.asarray(s)[..., None]
-        for x, s in zip(cache[:2], cache[2:], strict=True)
+        for x, s in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
     ]
-    out = ragged(q, *cache[:2], lengths, *cache[2:], block=128)
+    out = ragged(q, cache.k, cache.v, lengths, cache.k_scale, cache.v_scale, block=128)
     assert np.abs(out - plain_attention(q, *rounded, lengths)).max() < 5e-6
 
 

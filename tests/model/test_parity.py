@@ -131,7 +131,8 @@ def test_prefill_and_decode_equal_teacher_forcing(checkpoint_of, family):
 
     flat = decode_params(params, jnp.float32)
     prompts = jax.jit(prefill, static_argnames="cfg")(flat, cfg, tokens[:, : lengths.max()])
-    cache = empty_cache(cfg.layers, len(lane_row), cfg.kv_heads, capacity, cfg.head_dim, jnp.float32)
+    sizes = cfg.layers, len(lane_row), cfg.kv_heads, capacity, cfg.head_dim
+    cache = empty_cache(*sizes, jnp.float32, keys_as_columns=True)
     cache = jax.jit(copy_lanes)(cache, prompts, lane_row)
     advance = jax.jit(decode, static_argnames="cfg")
     lanes = np.arange(len(lane_row))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from step_grpo.model import qwen
-from step_grpo.model.cache import LayerCache, copy_lanes, empty_cache, write_token
+from step_grpo.model.cache import LayerCache, copy_lanes, empty_cache, with_capacity, write_token
 
 SIZES = {
     "vocab_size": 11, "width": 12, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 6, "ffn": 10,
@@ -83,11 +83,30 @@ def test_copied_lanes_hold_the_prompt_and_the_others_are_untouched():
         assert jnp.array_equal(after[:, :, 3:], before[:, :, 3:])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8], ids=["f32", "int8"])
+def test_layout_of_the_keys_changes_nothing_else(dtype):
+    """Whatever is done to a cache whose keys stand as columns is done to one where they stand as rows."""
+    token = jax.random.normal(jax.random.key(5), (5, 2, 6))
+
+    def use(keys_as_columns):
+        zeros = empty_cache(3, 5, 2, 4, 6, dtype, keys_as_columns=keys_as_columns)
+        prompts = random_cache(1, rows=2, length=3)
+        cache = copy_lanes(with_capacity(zeros, 8), prompts, jnp.array([-1, 1, -1, 0, 1]))
+        cache = tuple(write_token(layer, token, 2 * token, jnp.array([0, 5, 7, 8, 3])) for layer in cache)
+        moved = copy_lanes(with_capacity(cache, 9), cache, jnp.array([4, -1, 3, 0, 1]))
+        assert all(layer.keys_as_columns == keys_as_columns and layer.capacity == 9 for layer in moved)
+        return tuple(layer.laid_out(False) for layer in (*moved, *with_capacity(moved, 2)))
+
+    rows, columns = use(False), use(True)
+    assert any(leaf.any() for leaf in jax.tree.leaves(rows))
+    jax.tree.map(np.testing.assert_array_equal, rows, columns)
+
+
 def test_token_behind_the_capacity_is_dropped_not_written_over_the_last():
     (cache, *_) = random_cache(2, rows=3, length=4)
     token = jnp.full((3, 2, 6), 7.0)
     after = write_token(cache, token, token, jnp.array([0, 4, 3]))
-    for before, now in zip(cache[:2], after[:2], strict=True):
+    for before, now in ((cache.k, after.k), (cache.v, after.v)):
         expected = np.array(before)
         expected[0, :, 0] = expected[2, :, 3] = 7
         assert np.array_equal(now, expected)

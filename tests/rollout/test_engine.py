@@ -10,6 +10,7 @@ from brute_force import BruteForce
 from step_grpo.errors import UserError
 from step_grpo.mesh import make_mesh
 from step_grpo.model import qwen
+from step_grpo.model.attention import XLA, Attention
 from step_grpo.rollout import engine as engine_module
 from step_grpo.rollout import programs
 from step_grpo.rollout.engine import RolloutEngine, identity, lanes_that_fit
@@ -98,11 +99,19 @@ def run_named(name, split=False):
     return run(make_params(), MACHINES[name], split=split)
 
 
-def make_engine(machine, lanes, mesh, split=False):
+def make_engine(machine, lanes, mesh, split=False, attention=XLA):
     vocab = build_vocabulary(TEXTS_OF[split], TRIGGERS, DELIMITERS)
     judge = VERIFIER.judge_params(make_judge(), jnp.float32) if machine.judge else None
     return RolloutEngine(
-        CFG, machine, vocab, lanes=lanes, max_prompt=8, dtype=jnp.float32, mesh=mesh, judge_params=judge
+        CFG,
+        machine,
+        vocab,
+        lanes=lanes,
+        max_prompt=8,
+        dtype=jnp.float32,
+        mesh=mesh,
+        judge_params=judge,
+        attention=attention,
     )
 
 
@@ -254,28 +263,58 @@ def test_prompt_too_long_is_refused(params):
         run(params, MACHINE, prompts=[tuple(range(9))])
 
 
-def test_cache_that_grows_and_lanes_that_are_packed_change_nothing(params, monkeypatch):
+@pytest.mark.parametrize("kind", ["xla", "cudnn"])
+def test_shapes_change_nothing(params, monkeypatch, kind):
+    """With an annex, and with lanes that are packed. The cuDNN path falls back to XLA's for float32."""
     small_steps(monkeypatch)
-    mesh = make_mesh(2)
-    engine = make_engine(MACHINE, lanes=16, mesh=mesh)
-    completions, stats = engine(qwen.decode_params(params, jnp.float32), PROMPTS, 5, KEY)
-    assert stats.resizes >= 4  # both capacities, then 8, 4, 2 lanes
-    first = [c for c in completions if c.sample < 3]
-    assert same(run_named("truncated"), first)
+    used = watch_programs(monkeypatch, "resize", "move", "pack")
+    engine = make_engine(MACHINE, lanes=16, mesh=make_mesh(2), attention=Attention(kind))
+    completions, stats = engine(qwen.decode_params(params, jnp.float32), PROMPTS, 20, KEY)
+    assert same(run_named("truncated"), [c for c in completions if c.sample < 3])
+    assert len(completions) == 20 * len(PROMPTS)
+    wanted = {"xla": {"move"}, "cudnn": {"resize", "pack"}}[kind]
+    assert wanted <= {name for name, *_ in used}
+    assert stats.moves == sum(name == "move" for name, *_ in used)
+    assert stats.resizes == sum(name != "move" for name, *_ in used)
 
 
-def test_cache_shrinks_when_the_long_completions_are_done(params, monkeypatch):
+def test_cache_grows_for_many_and_shrinks_for_few(params, monkeypatch):
     small_steps(monkeypatch)
-    monkeypatch.setattr(programs, "PACKINGS", 0)
-    capacities = []
-    resize = programs.Programs.resize
-    monkeypatch.setattr(
-        programs.Programs, "resize", lambda self, state, c: (capacities.append(c), resize(self, state, c))[1]
+    monkeypatch.setattr(engine_module, "SHRINK_AFTER", 2)
+    used = watch_programs(monkeypatch, "resize", "move")
+    weights, endless = (
+        qwen.decode_params(params, jnp.float32),
+        dataclasses.replace(MACHINES["plain"], eos=(-1,)),
     )
-    engine = make_engine(MACHINE, lanes=1, mesh=make_mesh(1))
-    completions, _ = engine(qwen.decode_params(params, jnp.float32), PROMPTS, 3, KEY)
-    assert 64 in capacities and 128 in capacities
-    assert same(run_named("truncated"), completions)
+    limits = [72] * 4 + [20] * 10 + [72] + [20] * 9  # the first four are long together
+    completions = {}
+    for lanes in (4, 1):
+        engine = make_engine(endless, lanes=lanes, mesh=make_mesh(1))
+        completions[lanes], _ = engine(weights, PROMPTS, 6, KEY, limits=limits)
+        changes = [(shape.capacity, rest[0]) for name, shape, *rest in used if name == "resize"]
+        assert {(64, 128), (128, 64)} == set(changes)
+        assert (lanes == 4) == ("move" in {name for name, *_ in used})
+        used.clear()
+    assert [len(c.tokens) for c in completions[1]] == limits
+    assert same(completions[4], completions[1])
+
+
+def watch_programs(monkeypatch, *names):
+    """A list that fills with (name, shape of the state, arguments) of these programs as they are called."""
+    used = []
+
+    def watched(name):
+        original = getattr(programs.Programs, name)
+
+        def call(self, state, *rest):
+            used.append((name, programs.shape_of(state), *rest))
+            return original(self, state, *rest)
+
+        monkeypatch.setattr(programs.Programs, name, call)
+
+    for name in names:
+        watched(name)
+    return used
 
 
 def test_nothing_compiles_after_the_first_batch(params, monkeypatch):
@@ -317,16 +356,23 @@ def small_steps(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("free", "wanted", "lanes"),
-    [([1000, 400], 100, 24), ([1000, 50], 100, 3), ([None], 100, 64), ([None], 5, 5), ([10**9], 10**9, 512)],
+    ("free", "wanted", "annex", "lanes"),
+    [
+        ([1000, 400], 100, False, 24),
+        ([1000, 400], 100, True, 16),  # and 8 aside
+        ([1000, 50], 100, True, 3),
+        ([None], 100, True, 64),
+        ([None], 5, False, 5),
+        ([10**9], 10**9, True, 512),
+    ],
 )
-def test_lanes_follow_the_poorest_device(free, wanted, lanes):
-    assert lanes_that_fit(free, 10, wanted) == lanes
+def test_lanes_follow_the_poorest_device(free, wanted, annex, lanes):
+    assert lanes_that_fit(free, 10, wanted, annex=annex) == lanes
 
 
 def test_device_without_room_for_a_lane_is_named():
     with pytest.raises(UserError, match=r"config\.rollout\.max_response_tokens"):
-        lanes_that_fit([2**30], 2**31, 4)
+        lanes_that_fit([2**30], 2**31, 4, annex=False)
 
 
 def test_engine_chooses_its_lanes(params):
@@ -335,13 +381,16 @@ def test_engine_chooses_its_lanes(params):
     assert same(run_named("truncated"), completions)
 
 
+@pytest.mark.parametrize("annex", [False, True])
 @pytest.mark.parametrize(
-    ("lanes", "capacity", "devices"), [(64, 315, 1), (128, 18459, 2), (3, 87, 1), (1, 40, 1)]
+    ("lanes", "capacity", "devices"), [(64, 315, 1), (128, 18459, 2), (3, 87, 1), (1, 40, 1), (16, 315, 1)]
 )
-def test_ladder_ends_at_what_the_longest_needs(lanes, capacity, devices):
-    ladder = programs.make_ladder(lanes, capacity, 2048, devices)
+def test_ladder_ends_at_what_the_longest_needs(lanes, capacity, devices, annex):
+    ladder = programs.make_ladder(lanes, capacity, 2048, devices, annex=annex)
     assert ladder.capacities[-1] >= capacity and ladder.capacities[-1] - capacity < 64
     assert list(ladder.capacities) == sorted(set(ladder.capacities))
     assert ladder.widths[-1] == 2048
     assert ladder.packed[0] == lanes and all(n % devices == 0 for n in ladder.packed)
-    assert len(set(ladder.shapes)) == len(ladder.shapes)
+    shapes = [*ladder.shapes, ladder.annex_shape]
+    assert len(set(shapes)) == len(shapes)
+    assert ladder.annex % devices == 0 and (annex or not ladder.annex)
