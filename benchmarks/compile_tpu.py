@@ -50,7 +50,7 @@ SMALL_VOCABULARY = 97  # a size that no table has along another axis
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One program to compile; sizes in tokens but for `lanes`, which counts those of all devices."""
+    """One program to compile; sizes in tokens but for `lanes`, which counts those of a device."""
 
     topology: str
     shape: str
@@ -171,10 +171,11 @@ def build(task: Task, mesh):
     params = jax.eval_shape(lambda p: qwen.decode_params(p, jnp.bfloat16), qwen.abstract_params(cfg))
     dtype = jnp.dtype(task.cache_dtype or "bfloat16")
     longest = reach(vocab.triggers)
-    sizes = task.lanes, task.capacity, dtype, longest
+    lanes = task.lanes * mesh.size
+    sizes = lanes, task.capacity, dtype, longest
     state = jax.eval_shape(partial(decode.empty_state, cfg, machine, *sizes, attention))
     prefill = partial(decode.prefill, cfg, None, attention=attention)
-    rows, each_lane = max(mesh.size, task.lanes // 16), integers(task.lanes)
+    rows, each_lane = mesh.size * max(1, task.lanes // 16), integers(lanes)
     prompts = params, None, integers(rows, task.prompt), integers(rows)
     prompt_specs = everywhere, everywhere, spread, spread
     if task.program == "prefill":
@@ -232,7 +233,7 @@ def main() -> None:
     parser.add_argument("--topology", action="append", help=f"default: {', '.join(TOPOLOGIES)}")
     parser.add_argument("--shape", action="append", choices=SHAPES, help="default: qwen3_0p6b")
     parser.add_argument("--program", action="append", choices=PROGRAMS, help="default: all")
-    parser.add_argument("--lanes", type=int, default=64, help="over all devices")
+    parser.add_argument("--lanes", type=int, default=16, help="of a device")
     parser.add_argument("--capacity", type=int, default=4096, help="tokens of a lane's cache")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt, padded")
     parser.add_argument("--row_length", type=int, default=18432, help="tokens of a training row")

@@ -202,8 +202,10 @@ def move(source: RolloutState, target: RolloutState, row: jax.Array) -> tuple[Ro
         chosen = (row >= 0).reshape(-1, *[1] * (old.ndim - 1))
         return jnp.where(chosen, new[jnp.maximum(row, 0)], old)
 
-    bare = {"cache": (), "judge_cache": ()}
-    moved = jax.tree.map(take, target._replace(**bare), source._replace(**bare))
+    def bare(state):
+        return state._replace(cache=(), judge_cache=())
+
+    moved = jax.tree.map(take, bare(target), bare(source))
     gone = jnp.any(jnp.arange(len(source.lane.phase))[:, None] == row, axis=1)
     lane = source.lane._replace(phase=jnp.where(gone, DONE, source.lane.phase))
     return source._replace(lane=lane), moved._replace(

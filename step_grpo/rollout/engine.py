@@ -476,12 +476,10 @@ class _Work:
         ]
         if not ready:
             return []
-        lane = state.lane
-        written = jax.device_get(
-            Written(
-                *(lane.length, lane.reason, lane.probes, lane.probe_tokens),
-                *(state.probed.confidences, state.tokens, state.logprobs, state.forced),
-            )
+        lanes = state.lane
+        scalars = lanes.length, lanes.reason, lanes.probes, lanes.probe_tokens
+        written = Written(
+            *jax.device_get((*scalars, state.probed.confidences, state.tokens, state.logprobs, state.forced))
         )
         for device, lane, _ in ready:
             pool.owner[device][lane] = None

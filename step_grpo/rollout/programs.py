@@ -231,12 +231,11 @@ class Programs:
                 if width + self.judge_prefix <= shape.capacity:
                     plan["insert", shape, width] = self._plan_insert(shape, self._prefilled(params, width))
         for shape in self.ladder.shapes if annex else []:
-            arguments = (
-                self._state(shape),
-                self._state(*annex),
-                self._abstract((self.ladder.annex,), jnp.int32),
+            lanes = self._abstract((self.ladder.annex,), jnp.int32)
+            states = self._state(shape), self._state(*annex)
+            plan["move", shape] = self._lower(
+                decode.move, (*states, lanes), (local,) * 3, local, donate=(0, 1)
             )
-            plan["move", shape] = self._lower(decode.move, arguments, (local,) * 3, local, donate=(0, 1))
         return plan | self._plan_resizes() | self._plan_packings()
 
     def _plan_insert(self, shape: Shape, prefilled: Prefilled) -> Callable[[], Any]:
