@@ -209,9 +209,21 @@ def _cut(arrays: _Arrays, index: jax.Array, size: int) -> tuple[_Arrays, jax.Arr
     The last chunk is moved back to end with the arrays, so that no padded copy is made; the positions that it
     shares with the chunk before it are not new.
     """
+    arrays = _tied_to(index, arrays)
     start = jnp.minimum(index * size, arrays[0].shape[1] - size)
     chunk = tuple(lax.dynamic_slice_in_dim(array, start, size, axis=1) for array in arrays)
     return chunk, start, start + jnp.arange(size) >= index * size
+
+
+def _tied_to(index: jax.Array, arrays: _Arrays) -> _Arrays:
+    """The arrays, as if they changed with the index of the loop, for XLA on a CPU.
+
+    It computes bf16 in f32 and would cast before it cuts, so before the loop and all at once: an f32 copy of
+    the hidden states. Other compilers have no such need, and TPU's would make a copy in another layout.
+    """
+    return lax.platform_dependent(
+        index, arrays, cpu=lambda i, a: lax.optimization_barrier((i, a))[1], default=lambda i, a: a
+    )
 
 
 def _put(arrays: _Arrays, chunks: _Arrays, start: jax.Array) -> _Arrays:
