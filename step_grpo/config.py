@@ -58,6 +58,9 @@ def base_config() -> ConfigDict:
         "architecture": {},  # fields of a HF config.json, for random weights only
         "dtype": "bfloat16",  # of the compute; master weights are float32
         "attention": "auto",  # by platform; or `xla`, `pallas` (TPU), `cudnn` (GPU)
+        # What the backward pass computes anew: `full`, whole layers; `dots`, all but products with weights,
+        # which costs memory and saves time; `none`, nothing.
+        "remat": "full",
     }
     # The original upload holds each question a hundred times, wrapped in an instruction of its own that
     # asks for another answer format; this copy holds the bare questions, once.
@@ -122,6 +125,7 @@ def base_config() -> ConfigDict:
         "b2": 0.999,
         "weight_decay": 1e-2,
         "grad_clip": 1.0,
+        "moments_dtype": "float32",  # of AdamW's state; or `bfloat16`: half its memory
         "clip_low": 0.2,
         "clip_high": 0.3,
         "dual_clip": 3.0,
@@ -310,6 +314,7 @@ def _check_model(model: ConfigDict) -> None:
     where = "config.model"
     _choice(model, where, "dtype", ("bfloat16", "float32"))
     _choice(model, where, "attention", ("auto", "xla", "pallas", "cudnn"))
+    _choice(model, where, "remat", ("full", "dots", "none"))
     random = len(model.architecture) > 0
     if bool(model.checkpoint) == random:
         both = "are both set" if random else "are both empty"
@@ -402,6 +407,7 @@ def _check_grpo(config: ConfigDict) -> None:
     _require(grpo.clip_low < 1, f"{where}.clip_low", grpo.clip_low, "below 1, for the ratio to stay positive")
     _require(1 < grpo.dual_clip < math.inf, f"{where}.dual_clip", grpo.dual_clip, "a number above 1")
     _at_least(0, grpo, where, "weight_decay", "kl_coef")
+    _choice(grpo, where, "moments_dtype", ("float32", "bfloat16"))
     _choice(grpo, where, "old_logprobs", ("trainer", "sampler"))
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     right = f"at least {longest}, config.rollout.max_prompt_tokens + max_response_tokens"
@@ -430,7 +436,9 @@ def sft_config() -> ConfigDict:
     config.b2 = 0.98
     config.weight_decay = 1e-2
     config.grad_clip = 1.0
+    config.moments_dtype = "float32"  # or `bfloat16`
     config.dtype = "float32"
+    config.remat = "full"  # or `dots`, `none`
     config.log_every = 20
     config.export_dtype = "bfloat16"
     config.architecture = ConfigDict()
@@ -451,5 +459,7 @@ def validate_sft(config: ConfigDict) -> None:
         _require(0 <= config[field] < 1, f"config.{field}", config[field], "at least 0 and below 1")
     right = f"above config.warmup_steps, {config.warmup_steps}"
     _require(config.steps > config.warmup_steps, "config.steps", config.steps, right)
+    _choice(config, "config", "moments_dtype", ("float32", "bfloat16"))
     _choice(config, "config", "dtype", ("bfloat16", "float32"))
+    _choice(config, "config", "remat", ("full", "dots", "none"))
     _choice(config, "config", "export_dtype", ("bfloat16", "float16", "float32"))

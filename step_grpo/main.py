@@ -253,6 +253,7 @@ def optimizer_of(config: ConfigDict) -> Any:
         b2=config.b2,
         weight_decay=config.weight_decay,
         grad_clip=config.grad_clip,
+        moments_dtype=config.moments_dtype,
     )
 
 
@@ -271,7 +272,7 @@ def build_update(
     )
     return make_update(
         lambda params, tokens, positions, segments: qwen.forward(
-            params, cfg, tokens, positions, segments, dtype, attention
+            params, cfg, tokens, positions, segments, dtype, attention, config.model.remat
         ),
         lambda params: params["embed_VD"] if cfg.tied else params["head_DV"],
         settings,

@@ -24,6 +24,7 @@ from step_grpo.data.tiny_tokenizer import build_tokenizer
 from step_grpo.export import write_hf_folder
 from step_grpo.grpo.logprobs import token_logprobs
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
+from step_grpo.grpo.update import adamw
 from step_grpo.mesh import make_mesh, over_data, replicated, use_all_cores
 from step_grpo.metrics import MetricsWriter
 from step_grpo.model import qwen
@@ -44,7 +45,9 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/sft")) -> None:
     optimizer = make_optimizer(config)
     devices = make_mesh(config.rows)
     attention = choose_attention("auto", devices, spread_rows=True)
-    on_batch = partial(train_step, described.config, config.dtype, optimizer, attention=attention)
+    on_batch = partial(
+        train_step, described.config, config.dtype, optimizer, attention=attention, remat=config.remat
+    )
     step_fn = jax.jit(on_batch, donate_argnums=(0, 1))
     params = jax.device_put(params, replicated(devices))
     opt_state = jax.jit(optimizer.init)(params)
@@ -79,9 +82,13 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, 0.0
     )
-    return optax.chain(
-        optax.clip_by_global_norm(config.grad_clip),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    return adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
+        moments_dtype=config.moments_dtype,
     )
 
 
@@ -93,12 +100,13 @@ def train_step(
     opt_state: optax.OptState,
     batch: PackedBatch,
     attention: Attention = XLA,
+    remat: str = "full",
 ) -> tuple[qwen.Params, optax.OptState, jax.Array]:
     """One step on the mean cross-entropy of the completion tokens of a packed batch."""
 
     def loss_fn(params):
         tokens = batch.tokens, batch.positions, batch.segment_ids
-        hidden = qwen.forward(params, cfg, *tokens, jnp.dtype(dtype), attention)
+        hidden = qwen.forward(params, cfg, *tokens, jnp.dtype(dtype), attention, remat)
         logprobs = token_logprobs(hidden, qwen.head(params), batch.targets).logprobs
         return -jnp.sum(logprobs * batch.mask) / jnp.maximum(jnp.sum(batch.mask), 1)
 

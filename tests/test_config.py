@@ -130,6 +130,7 @@ WRONG = {
     "export_dtype": "int8",
     "model.dtype": "float64",
     "model.attention": "flash",
+    "model.remat": "everything",
     "model.checkpoint": "",
     "data.source": "csv",
     "data.name": "",
@@ -176,6 +177,7 @@ WRONG = {
     "grpo.b2": -0.1,
     "grpo.weight_decay": -1.0,
     "grpo.grad_clip": 0.0,
+    "grpo.moments_dtype": "int8",
     "grpo.clip_low": 1.0,
     "grpo.clip_high": float("inf"),
     "grpo.dual_clip": 1.0,
@@ -271,7 +273,9 @@ WRONG_SFT = {
     "b1": 1.0,
     "grad_clip": -1.0,
     "log_every": 0,
+    "moments_dtype": "float16",
     "dtype": "int8",
+    "remat": "",
     "export_dtype": "int8",
 }
 

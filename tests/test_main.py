@@ -15,6 +15,7 @@ from step_grpo import checkpoint
 from step_grpo.data.prompts import EncodedPrompt
 from step_grpo.data.sources import Question, load_questions
 from step_grpo.errors import UserError
+from step_grpo.grpo.packing import Sample, pack
 from step_grpo.main import (
     assert_disjoint,
     confidence_figures,
@@ -25,6 +26,7 @@ from step_grpo.main import (
     warn_of_no_signal,
 )
 from step_grpo.mesh import make_mesh
+from step_grpo.model.qwen import abstract_params
 from step_grpo.model.weights import load_checkpoint, load_params
 from step_grpo.reward.grading import Grade
 from step_grpo.rollout.engine import Completion
@@ -213,6 +215,22 @@ def optimizer_state(run):
     update = build_update(opened.described.config, run.config, optimizer_of(run.config.grpo))
     state = update.init(opened.params)
     return {"step": state.step, "state": state.opt_state}
+
+
+def test_what_is_recomputed_reaches_the_program_of_the_update():
+    from step_grpo.main import build_update, optimizer_of
+
+    cfg = checkpoint.open_model("builtin:tiny").described.config
+    row = [Sample(np.array([5, 6]), np.array([7]), 1.0, np.zeros(1, np.float32), np.ones(1, np.float32))]
+    (packed,) = pack(row, row_length=8, rows=1)
+
+    def program(remat):
+        config = short_config({"model": {"remat": remat}})
+        update = build_update(cfg, config, optimizer_of(config.grpo))
+        return str(jax.make_jaxpr(update.logprobs)(abstract_params(cfg), packed))
+
+    assert program("full") == program("full")
+    assert len({program("full"), program("dots"), program("none")}) == 3
 
 
 def test_only_the_newest_checkpoints_are_kept(finished_run, resumed_run):

@@ -12,6 +12,7 @@ import optax
 
 from step_grpo.grpo.logprobs import TokenLogprobs, token_logprobs
 from step_grpo.grpo.loss import LossSums, grpo_loss_sums
+from step_grpo.grpo.moments import bfloat16_moments
 from step_grpo.grpo.packing import PackedBatch
 from step_grpo.grpo.settings import GrpoSettings
 
@@ -86,6 +87,7 @@ def adamw(
     weight_decay: float = 1e-2,
     grad_clip: float = 1.0,
     eps: float = 1e-8,
+    moments_dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW with decoupled decay on every parameter, as `torch.optim.AdamW` has it.
 
@@ -96,13 +98,17 @@ def adamw(
         weight_decay: each update takes `learning_rate * weight_decay` of a parameter away.
         grad_clip: largest global norm of the gradient.
         eps: added to the root of the second moment.
+        moments_dtype: `float32`, or `bfloat16` for half the memory (see `bfloat16_moments`).
 
     Returns:
-        The transformation; its moments have the type of the params.
+        The transformation.
     """
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     return optax.chain(
         optax.clip_by_global_norm(grad_clip),
-        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+        bfloat16_moments(adam) if moments_dtype == "bfloat16" else adam,
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 

@@ -11,7 +11,9 @@ Qwen2 (and so R1-Distill-Qwen) has a bias on queries, keys and values.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,6 +25,15 @@ from step_grpo.model.attention import XLA, Attention, decode_attention, full_att
 from step_grpo.model.cache import Cache, LayerCache
 
 Params = dict[str, Any]
+
+REMAT: Mapping[str, Callable[[Callable], Callable]] = MappingProxyType(
+    {
+        "full": jax.checkpoint,
+        "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+        "none": lambda body: body,
+    }
+)
+"""What the backward pass computes anew of a layer: all, all but its products with weights, or nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,18 +209,19 @@ def forward(
     segments_BT: jax.Array,
     dtype,
     attention: Attention = XLA,
+    remat: str = "full",
 ) -> jax.Array:
     """Hidden states after the final norm, `[B, T, D]`, of packed rows.
 
-    A token sees the tokens before it that carry its own segment id; id 0 is padding. Layers are scanned
-    and recomputed in the backward pass.
+    A token sees the tokens before it that carry its own segment id; id 0 is padding. Layers are scanned; what
+    is kept of them for the backward pass is one of `REMAT`.
     """
     rope = rope_table(positions_BT, cfg)
 
     def within_segments(q_BTNH, k_BTKH, v_BTKH):
         return full_attention(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT), None
 
-    @jax.checkpoint
+    @REMAT[remat]
     def body(x_BTD, weights):
         weights = jax.tree.map(lambda w: w.astype(dtype), weights)
         return layer(cfg, weights, x_BTD, rope, within_segments)

@@ -117,3 +117,50 @@ def test_head_is_the_embedding_where_they_are_tied(cfg):
     expected = params["embed_VD"].T if cfg.tied else params["head_DV"]
     assert jnp.array_equal(qwen.head(params), expected)
     assert cfg.tied == ("head_DV" not in params)
+
+
+def training_loss(cfg, remat):
+    """A loss that every weight and every earlier token has a part in, of packed rows."""
+
+    def loss(params, tokens_BT):
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        segments_BT = 1 + (positions_BT >= 5)
+        hidden = qwen.forward(params, cfg, tokens_BT, positions_BT, segments_BT, jnp.float32, remat=remat)
+        return jnp.sum(jnp.sin(qwen.unembed(params, hidden)))
+
+    return loss
+
+
+def test_gradient_does_not_depend_on_what_is_recomputed(cfg):
+    params = qwen.init_params(cfg, 0)
+    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 9)), jnp.int32)
+    full, *others = (
+        jax.jit(jax.value_and_grad(training_loss(cfg, remat)))(params, tokens_BT)
+        for remat in ("full", "dots", "none")
+    )
+    for other in others:
+        for path, grad in jax.tree.leaves_with_path(other):
+            expected = dict(jax.tree.leaves_with_path(full))[path]
+            scale = float(jnp.abs(expected).max())
+            assert scale > 0
+            np.testing.assert_allclose(grad, expected, rtol=0, atol=1e-6 * scale, err_msg=str(path))
+
+
+def test_more_is_kept_the_less_is_recomputed():
+    """Temporaries of the compiled gradient: `dots` adds every layer's products with weights, `none` all."""
+    L, D, F, T = 8, 64, 256, 512
+    sizes = {**SIZES, "width": D, "ffn": F, "layers": L, "head_dim": 16}
+    cfg = qwen.QwenConfig(**sizes, tied=True, qk_norm=True, qkv_bias=False)
+    tokens_BT = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+    def temporaries(remat):
+        gradient = jax.jit(jax.grad(training_loss(cfg, remat)))
+        compiled = gradient.lower(qwen.abstract_params(cfg), tokens_BT).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    queries = keys_and_values = attended = D  # as wide as these sizes make them
+    products = 4 * L * T * (queries + keys_and_values + attended + 2 * F)
+    scores = 4 * L * cfg.heads * T * T  # not by a weight
+    full, dots, none = (temporaries(remat) for remat in ("full", "dots", "none"))
+    assert 0.9 * products < dots - full < 1.1 * products
+    assert none > dots + scores
