@@ -94,12 +94,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="256; 8 for a shape")
     parser.add_argument("--samples", type=int, help="completions a prompt: 5; 1 for a shape")
     parser.add_argument("--repeats", type=int, default=3, help="counted runs of each side")
-    parser.add_argument("--lanes", type=int, help="of our engine: 128; 8 for a shape")
+    parser.add_argument("--lanes", type=int, help="of our engine: 256; 8 for a shape")
     parser.add_argument("--devices", type=int, help="of our engine: all; 1 for a shape")
     parser.add_argument("--tokens", type=int, help="length at equal lengths: 192; 32 for a shape")
     parser.add_argument("--batches", type=int, nargs="+", help="sizes tried: 64 128 256; 8 for a shape")
     args = parser.parse_args(argv)
-    ours = {"prompts": 256, "samples": 5, "lanes": 128, "tokens": 192, "batches": [64, 128, 256]}
+    ours = {"prompts": 256, "samples": 5, "lanes": 256, "tokens": 192, "batches": [64, 128, 256]}
     theirs = {"prompts": 8, "samples": 1, "lanes": 8, "tokens": 32, "batches": [8], "devices": 1}
     for name, value in (theirs if args.shape else ours).items():
         if getattr(args, name) is None:
