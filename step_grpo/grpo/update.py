@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from step_grpo.grpo.logprobs import TokenLogprobs, token_logprobs
 from step_grpo.grpo.loss import LossSums, grpo_loss_sums
@@ -59,12 +60,12 @@ class Measurements(NamedTuple):
 
 
 class Update(NamedTuple):
-    """Jitted pure functions of one training run; each compiles once for one shape of batch.
+    """Pure functions of one training run, all but `start` jitted; each compiles once for one shape of batch.
 
     Attributes:
         init: params -> TrainState at step 0, which holds these very buffers. `apply` gives them away: keep a
             copy of what must outlive it, such as the params of the reference.
-        start: params -> (grads, sums), all zero, to accumulate into.
+        start: params -> (grads, sums), all zero, to accumulate into; on the devices of the params.
         logprobs: (params, packed batch) -> TokenLogprobs of its targets; also for the reference's params.
         accumulate: (params, grads, sums, batch) -> (grads, sums) with the sums of one micro-batch added;
             `grads` and `sums` are donated.
@@ -173,7 +174,7 @@ def make_update(
 
     return Update(
         init=jax.jit(init),
-        start=jax.jit(_zeros),
+        start=_zeros,
         logprobs=jax.jit(logprobs),
         accumulate=jax.jit(accumulate, donate_argnums=(1, 2)),
         apply=jax.jit(apply, donate_argnums=(0,)),
@@ -181,8 +182,17 @@ def make_update(
 
 
 def _zeros(params: Params) -> tuple[Params, LossSums]:
-    grads = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.float32), params)
-    return grads, LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
+    """Zeros that lie where `accumulate` leaves its sums: elsewhere, its second call would compile anew."""
+
+    def zeros(shape: tuple[int, ...], where: jax.sharding.Sharding) -> jax.Array:
+        # A device given by name commits an array to it; params on the default device are not committed.
+        return jnp.zeros(shape, jnp.float32, device=where if isinstance(where, NamedSharding) else None)
+
+    everywhere = jax.tree.leaves(params)[0].sharding
+    if isinstance(everywhere, NamedSharding):
+        everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
+    grads = jax.tree.map(lambda param: zeros(param.shape, param.sharding), params)
+    return grads, LossSums(*(zeros((), everywhere) for _ in LossSums._fields))
 
 
 def _apply(

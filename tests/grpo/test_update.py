@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from step_grpo.grpo.packing import Sample, pack, unpack
 from step_grpo.grpo.settings import GrpoSettings
@@ -266,3 +267,19 @@ def test_tied_embedding_as_head_collects_both_gradients():
     expected, _ = gradient(transposed, params, batches)
     for name, grad in grads.items():
         np.testing.assert_allclose(grad, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_each_function_compiles_once_over_devices():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    update = make_update(hidden_fn, head_fn, SETTINGS, adamw(1e-3))
+    batches = jax.device_put(
+        train_batches(update, toy_samples(), rows=2), NamedSharding(mesh, PartitionSpec("data"))
+    )
+    assert len(batches) > 1
+    state = update.init(jax.device_put(toy_params(), NamedSharding(mesh, PartitionSpec())))
+    for _ in range(2):
+        grads, sums = update.start(state.params)
+        for batch in batches:
+            grads, sums = update.accumulate(state.params, grads, sums, batch)
+        state, _ = update.apply(state, grads, sums)
+    assert [f._cache_size() for f in (update.accumulate, update.apply)] == [1, 1]
