@@ -9,7 +9,7 @@ import pytest
 from benchmarks.compile_tpu import Task, compile_task, main, missing_libtpu
 
 ROOT = Path(__file__).parents[2]
-TASK = Task("v5e:2x2", "qwen3_0p6b", "segment", 16, 1024, prompt=128, row_length=640, layers=2)
+TASK = Task("v5e:2x2", "qwen3_0p6b", "segment", 16, 2048, prompt=128, row_length=640, layers=2)
 
 
 @pytest.fixture(autouse=True)
