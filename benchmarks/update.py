@@ -164,6 +164,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     in_jax["padded_remat"] = PaddedSide(job, remat=True)
     memory: dict[str, Any] = {name: side.programs.peak_bytes(job) for name, side in in_jax.items()}
     trl = TrlSide(job)
+    print("of ours, MB:", {name: round(size / 1e6) for name, size in ours.programs.bytes(job).items()})
     memory["trl"], reason = trl_memory(job.folder, trl.padded(job.batch)[:1], job.settings)
     print("peak memory, MB:", {name: size and round(size / 1e6) for name, size in memory.items()}, reason)
 
@@ -430,8 +431,13 @@ class Programs(NamedTuple):
 
     def peak_bytes(self, job: Job) -> int:
         """Peak memory of a step on all devices together."""
+        return max(self.bytes(job).values())
+
+    def bytes(self, job: Job) -> dict[str, int]:
+        """What is alive during each program, on all devices together."""
         moments = sum(leaf.nbytes for leaf in jax.tree.leaves(job.state.opt_state))
-        return job.mesh.size * max(alive(self.summing) + moments, alive(self.applying))
+        alone = {"gradient": alive(self.summing) + moments, "adamw": alive(self.applying)}
+        return {name: job.mesh.size * size for name, size in alone.items()}
 
 
 def alive(program: Any) -> int:

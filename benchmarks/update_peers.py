@@ -167,7 +167,7 @@ class PaddedStep:
         # Not jitted: the zeros lie on the devices of the params.
         self.start = lambda params: (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
         self.accumulate = jax.jit(accumulate, donate_argnums=(1, 2))
-        self.apply = jax.jit(apply, donate_argnums=(0, 1, 2))
+        self.apply = jax.jit(apply, donate_argnums=(0, 1))
 
 
 # ---------------------------------------------------------------------- torch, TRL's loss
