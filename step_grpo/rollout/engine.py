@@ -29,7 +29,7 @@ from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, reach, toke
 SEGMENT_STEPS = 64  # steps between two looks of the host at the lanes, at most
 LOOK_COST = 0.3  # what a look takes, in steps: about so much for a small model, less for a large one
 CLOSING = "\n</think>\n\n"  # appended where the machine ends the thinking
-REFILL_SHARE = 16  # the host looks when this part of the lanes (1 in 16) should have become free
+REFILL_SHARE = 16  # one lane in so many is expected to become free between two looks: prompts made at a time
 SHRINK_AFTER = 16  # looks in a row at which a smaller cache would do, before it is made: a copy of all of it
 
 
