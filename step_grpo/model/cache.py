@@ -95,11 +95,8 @@ def stored(layer: LayerCache, dtype) -> LayerCache:
     """Keys and values in the form that a cache of `dtype` holds, if they are not yet."""
     if layer.k.dtype == dtype:
         return layer
-    if dtype == jnp.int8:
-        rows = layer.laid_out(False)
-        (k, k_scale), (v, v_scale) = quantise(rows.k), quantise(rows.v)
-        return LayerCache(k, v, k_scale, v_scale).laid_out(layer.keys_as_columns)
-    return dataclasses.replace(layer, k=layer.k.astype(dtype), v=layer.v.astype(dtype))
+    rows = layer.laid_out(False)
+    return stored_token(rows.k, rows.v, dtype).laid_out(layer.keys_as_columns)
 
 
 def write_token(cache: LayerCache, k_BKH: jax.Array, v_BKH: jax.Array, position_B: jax.Array) -> LayerCache:
@@ -113,12 +110,12 @@ def write_token(cache: LayerCache, k_BKH: jax.Array, v_BKH: jax.Array, position_
     return cache.each(put, stored_token(k_BKH, v_BKH, cache.k.dtype))
 
 
-def stored_token(k_BKH: jax.Array, v_BKH: jax.Array, dtype) -> LayerCache:
-    """One token a lane in the form that a cache of `dtype` holds: its arrays have no axis of positions."""
+def stored_token(k: jax.Array, v: jax.Array, dtype) -> LayerCache:
+    """Keys and values `[..., H]`, as of one token a lane, in the form that a cache of `dtype` holds."""
     if dtype == jnp.int8:
-        (k, k_scale), (v, v_scale) = quantise(k_BKH), quantise(v_BKH)
+        (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
         return LayerCache(k, v, k_scale, v_scale)
-    return LayerCache(k_BKH.astype(dtype), v_BKH.astype(dtype))
+    return LayerCache(k.astype(dtype), v.astype(dtype))
 
 
 def copy_lanes(cache: Cache, source: Cache, row_B: jax.Array) -> Cache:

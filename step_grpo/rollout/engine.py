@@ -341,16 +341,16 @@ class _Work:
         """
         if not self.pending and self._pack():
             assert self.annex
-            return self.annex, self._steps_to_look(self.annex)
+            return self.annex, self._steps_to_look()
         # In a small cache a long segment would make many lanes look too long for it.
-        steps = min(self._steps_to_look(self.main), self.main.capacity // 8)
+        steps = min(self._steps_to_look(), self.main.capacity // 8)
         if not self._make_room(steps + self.programs.judge_ahead):
             assert self.annex
-            return self.annex, self._steps_to_look(self.annex)
+            return self.annex, self._steps_to_look()
         self._grow_for(self.main.longest() + steps + self.programs.judge_ahead)
         return self.main, steps
 
-    def _steps_to_look(self, pool: Pool) -> int:
+    def _steps_to_look(self) -> int:
         """Steps until the host looks at the lanes again.
 
         Where completions take `n` steps, `k` steps without a look leave `k / 2n` of the lanes idle, and looks

@@ -88,7 +88,7 @@ def make_ladder(lanes: int, capacity: int, max_prompt: int, devices: int, *, ann
 def annex_lanes(lanes: int) -> int:
     """Lanes of a device's annex; 0 where it has so few lanes that there is no annex."""
     aside = max(LEAST_LANES, lanes // ANNEX_SHARE)
-    return aside if aside < lanes else 0
+    return aside if 2 * aside <= lanes else 0
 
 
 def halvings(most: int, levels: int, least: int, multiple: int) -> tuple[int, ...]:
