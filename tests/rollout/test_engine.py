@@ -291,7 +291,8 @@ def test_cache_grows_for_many_and_shrinks_for_few(params, monkeypatch):
     completions = {}
     for lanes in (4, 1):
         engine = make_engine(endless, lanes=lanes, mesh=make_mesh(1))
-        completions[lanes], _ = engine(weights, PROMPTS, 6, KEY, limits=limits)
+        completions[lanes], stats = engine(weights, PROMPTS, 6, KEY, limits=limits)
+        assert stats.live_steps == sum(limits)  # a lane that moved away takes no more steps
         changes = [(shape.capacity, rest[0]) for name, shape, *rest in used if name == "resize"]
         assert {(64, 128), (128, 64)} == set(changes)
         assert (lanes == 4) == ("move" in {name for name, *_ in used})
