@@ -1,14 +1,16 @@
 """Checkpoints of a run: everything that resuming or exporting needs, in one folder a step.
 
 `WORKDIR/checkpoints/000010/` holds `params/` and `optimizer/` (Orbax), `model/` (configs and tokenizer, as
-in a Hugging Face folder) and `run.json` (step, data cursor, config). It appears under its name only when it
-is complete. Orbax's interface is used here alone.
+in a Hugging Face folder) and `run.json` (step, data cursor, config). `params/` is what is trained: all
+weights, or the adapter, whose base is loaded anew as the config says. A checkpoint appears under its name
+only when it is complete. Orbax's interface is used here alone.
 """
 
 import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from orbax.checkpoint.experimental import v1 as ocp
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.errors import UserError
 from step_grpo.grpo.update import TrainState
-from step_grpo.model.load import Description, save_description
-from step_grpo.model.qwen import Params, abstract_params, config_from_hf
+from step_grpo.model import lora
+from step_grpo.model.load import Description, load_model, save_description
+from step_grpo.model.qwen import Params, QwenConfig, abstract_params, config_from_hf
 from step_grpo.model.weights import (
     eos_ids_of,
     load_checkpoint,
@@ -134,7 +137,7 @@ class Opened:
     """A model for evaluation or export, from wherever it came."""
 
     described: Description
-    params: Params
+    params: Params  # adapters beside their base
     folder: Path  # holds the tokenizer files
     dtype: str  # to export in, unless told otherwise
     settings: dict[str, Any]  # the config of the run that made it; empty where there was none
@@ -155,13 +158,27 @@ def open_model(name: str | Path) -> Opened:
         folder = steps[-1]
     if (folder / RUN).is_file():
         described = read_description(folder / "model")
-        params = _load(folder / "params", abstract_params(described.config))
         settings = read_json(folder / RUN)["config"]
+        params = _whole(folder, described.config, ConfigDict(settings))
         return Opened(described, params, folder / "model", settings["export_dtype"], settings)
     source = load_checkpoint(resolve_checkpoint(str(name), field="--checkpoint"))
     tokenizer = load_tokenizer(str(source.folder), where="--checkpoint")
     described = Description(source.config, source.hf_config, source.generation, source.eos_ids, tokenizer)
     return Opened(described, load_params(source), source.folder, source.dtype, {})
+
+
+def _whole(folder: Path, cfg: QwenConfig, config: ConfigDict) -> Params:
+    """The weights of a checkpoint; with LoRA, its adapter beside the base that its config names."""
+    if not config.lora.rank:
+        return _load(folder / "params", abstract_params(cfg))
+    _, base = load_model(config.model, config.seed, lora.keeper(config))
+    return lora.attacher(config.lora)(read_adapter(folder, cfg, config), base)
+
+
+def read_adapter(folder: Path, cfg: QwenConfig, config: ConfigDict) -> Params:
+    """The adapter in a checkpoint of a LoRA run."""
+    like = partial(lora.init_adapter, cfg, config.lora.rank, tuple(config.lora.targets), config.seed)
+    return _load(folder / "params", jax.eval_shape(like))
 
 
 def read_description(folder: Path) -> Description:

@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from step_grpo.errors import UserError
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 def data_config(**fields) -> ConfigDict:
     """Where questions come from; `fields` replace the defaults.
@@ -109,6 +111,14 @@ def base_config() -> ConfigDict:
         "budget_margin": 50,  # a probe this close to the thinking budget ends the thinking
         "max_repetitions": 3,
     }
+    lora = {
+        # Train an adapter of this rank and leave the weights as they are; 0: train all weights. An adapter
+        # takes about ten times the learning rate, and without optimizer state and gradients of the weights
+        # far less memory.
+        "rank": 0,
+        "alpha": 32.0,  # the adapter counts alpha / rank times
+        "targets": LORA_TARGETS,
+    }
     reward = {
         "name": "step_aware",  # or `accuracy`, `length_penalty`
         "alpha": 0.9,
@@ -145,7 +155,7 @@ def base_config() -> ConfigDict:
         "min_p": 0.0,
         "max_response_tokens": 16384,
     }
-    groups = {"model": model, "data": data, "rollout": rollout, "reward": reward, "grpo": grpo}
+    groups = {"model": model, "lora": lora, "data": data, "rollout": rollout, "reward": reward, "grpo": grpo}
     return ConfigDict({**run, **groups, "eval": evaluation}).lock()
 
 
@@ -262,6 +272,7 @@ def validate(config: ConfigDict) -> None:
     """
     _check_run(config)
     _check_model(config.model)
+    _check_lora(config.lora)
     _check_data(config.data, "config.data")
     _check_data(config.eval.data, "config.eval.data")
     _check_rollout(config.rollout)
@@ -326,6 +337,15 @@ def _check_model(model: ConfigDict) -> None:
         kind = model.architecture.get("model_type")
         _require(kind in ("qwen3", "qwen2"), f"{where}.architecture.model_type", kind, "'qwen3' or 'qwen2'")
         _require(bool(model.tokenizer), f"{where}.tokenizer", "", "named, since there is no checkpoint")
+
+
+def _check_lora(lora: ConfigDict) -> None:
+    where = "config.lora"
+    _at_least(0, lora, where, "rank")
+    _positive(lora, where, "alpha")
+    known = set(lora.targets) <= set(LORA_TARGETS) and len(set(lora.targets)) == len(lora.targets)
+    right = f"some of {', '.join(LORA_TARGETS)}, each at most once"
+    _require(bool(lora.targets) and known, f"{where}.targets", lora.targets, right)
 
 
 def _check_data(data: ConfigDict, where: str) -> None:

@@ -1,14 +1,17 @@
 """A model as a run needs it: weights, architecture, tokenizer, and what an export must carry along."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.errors import UserError
+from step_grpo.model.linear import Weight
 from step_grpo.model.qwen import Params, QwenConfig, config_from_hf
 from step_grpo.model.weights import (
     TOKENIZER_FILES,
@@ -31,12 +34,15 @@ class Description:
     tokenizer: Any
 
 
-def load_model(config: ConfigDict, seed: int) -> tuple[Description, Params]:
+def load_model(
+    config: ConfigDict, seed: int, keep: Callable[[str, jax.Array], Weight] = lambda name, weight: weight
+) -> tuple[Description, Params]:
     """Loads `config.model`: a checkpoint, or random weights of a given architecture.
 
     Args:
         config: the `model` part of a config.
         seed: of the random weights.
+        keep: (our name, float32 weight) -> the form to keep it in.
 
     Raises:
         UserError: the checkpoint or the tokenizer does not load, or they do not fit each other.
@@ -48,8 +54,9 @@ def load_model(config: ConfigDict, seed: int) -> tuple[Description, Params]:
             checkpoint.config, checkpoint.hf_config, checkpoint.generation, checkpoint.eos_ids, tokenizer
         )
         check_vocabulary(described)
-        return described, load_params(checkpoint)
-    return random_model(config.architecture.to_dict(), load_tokenizer(config.tokenizer), seed)
+        return described, load_params(checkpoint, keep=keep)
+    described, params = random_model(config.architecture.to_dict(), load_tokenizer(config.tokenizer), seed)
+    return described, jax.tree.map_with_path(lambda path, weight: keep(path[-1].key, weight), params)
 
 
 def random_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> tuple[Description, Params]:

@@ -23,6 +23,7 @@ from flax import nnx
 from step_grpo.errors import UserError
 from step_grpo.model.attention import XLA, Attention, decode_attention, full_attention
 from step_grpo.model.cache import Cache, LayerCache
+from step_grpo.model.linear import cast, product, settled
 
 Params = dict[str, Any]
 
@@ -181,14 +182,18 @@ def logical_axes(cfg: QwenConfig) -> Params:
 
 
 def decode_params(params: Params, dtype) -> Params:
-    """The weights as the decode loop wants them: cast once, the stacked layers taken apart.
+    """The weights as the decode loop wants them: cast once, merged with an adapter, the layers taken apart.
 
     Made once a rollout batch, so that no token casts or slices a weight.
     """
-    cast = jax.tree.map(lambda w: w.astype(dtype), params)
-    count = jax.tree.leaves(cast["layers"])[0].shape[0]
-    layers = tuple(jax.tree.map(lambda w, i=i: w[i], cast["layers"]) for i in range(count))
-    return {**cast, "layers": layers}
+    stacked = params["layers"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    layers = tuple(
+        {name: settled(jax.tree.map(lambda w, i=i: w[i], weight), dtype) for name, weight in stacked.items()}
+        for i in range(count)
+    )
+    rest = {name: cast(weight, dtype) for name, weight in params.items() if name != "layers"}
+    return {**rest, "layers": layers}
 
 
 def head(params: Params) -> jax.Array:
@@ -223,7 +228,7 @@ def forward(
 
     @REMAT[remat]
     def body(x_BTD, weights):
-        weights = jax.tree.map(lambda w: w.astype(dtype), weights)
+        weights = {name: cast(weight, dtype) for name, weight in weights.items()}
         return layer(cfg, weights, x_BTD, rope, within_segments)
 
     x_BTD = params["embed_VD"][tokens_BT].astype(dtype)
@@ -297,21 +302,21 @@ def layer(
     """
     with jax.named_scope("attention"):
         y_BTD = rms_norm(x_BTD, weights["attn_norm_D"], cfg.rms_eps)
-        q = jnp.einsum("BTD,DNH->BTNH", y_BTD, weights["wq_DNH"])
-        k = jnp.einsum("BTD,DKH->BTKH", y_BTD, weights["wk_DKH"])
-        v = jnp.einsum("BTD,DKH->BTKH", y_BTD, weights["wv_DKH"])
+        q = product("BTD,DNH->BTNH", y_BTD, weights["wq_DNH"])
+        k = product("BTD,DKH->BTKH", y_BTD, weights["wk_DKH"])
+        v = product("BTD,DKH->BTKH", y_BTD, weights["wv_DKH"])
         if cfg.qkv_bias:
             q, k, v = q + weights["bq_NH"], k + weights["bk_KH"], v + weights["bv_KH"]
         if cfg.qk_norm:
             q = rms_norm(q, weights["q_norm_H"], cfg.rms_eps)
             k = rms_norm(k, weights["k_norm_H"], cfg.rms_eps)
         out, kept = attention(apply_rope(q, rope), apply_rope(k, rope), v)
-        x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", out, weights["wo_NHD"])
+        x_BTD = x_BTD + product("BTNH,NHD->BTD", out, weights["wo_NHD"])
     with jax.named_scope("mlp"):
         y_BTD = rms_norm(x_BTD, weights["mlp_norm_D"], cfg.rms_eps)
-        gate = jax.nn.silu(jnp.einsum("BTD,DF->BTF", y_BTD, weights["w_gate_DF"]))
-        up = jnp.einsum("BTD,DF->BTF", y_BTD, weights["w_up_DF"])
-        x_BTD = x_BTD + jnp.einsum("BTF,FD->BTD", gate * up, weights["w_down_FD"])
+        gate = jax.nn.silu(product("BTD,DF->BTF", y_BTD, weights["w_gate_DF"]))
+        up = product("BTD,DF->BTF", y_BTD, weights["w_up_DF"])
+        x_BTD = x_BTD + product("BTF,FD->BTD", gate * up, weights["w_down_FD"])
     return x_BTD, kept
 
 

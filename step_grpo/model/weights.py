@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 import step_grpo
 from step_grpo.errors import UserError
 from step_grpo.hub import offline
+from step_grpo.model.linear import Weight, dense
 from step_grpo.model.qwen import Params, QwenConfig, abstract_params, config_from_hf, init_params
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -139,12 +140,18 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     )
 
 
-def load_params(checkpoint: Checkpoint, *, place: Callable[[np.ndarray], jax.Array] = jnp.asarray) -> Params:
+def load_params(
+    checkpoint: Checkpoint,
+    *,
+    place: Callable[[np.ndarray], jax.Array] = jnp.asarray,
+    keep: Callable[[str, jax.Array], Weight] = lambda name, weight: weight,
+) -> Params:
     """Reads the weights as float32, at most one weight (all its layers) and one tensor on the host at a time.
 
     Args:
         checkpoint: from `load_checkpoint`.
         place: puts one finished host array onto its device; it may keep the array, nobody else does.
+        keep: (our name, float32 weight) -> the form to keep it in; the float32 weight is then freed.
 
     Returns:
         The tree of `step_grpo.model.qwen.abstract_params`.
@@ -160,7 +167,8 @@ def load_params(checkpoint: Checkpoint, *, place: Callable[[np.ndarray], jax.Arr
         for rule in _rules(cfg):
             branch = params["layers"] if _is_stacked(rule) else params
             # waiting frees the host array before the next one is made
-            branch[rule.ours] = jax.block_until_ready(place(_host_weight(rule, cfg, read)))
+            placed = place(_host_weight(rule, cfg, read))
+            branch[rule.ours] = jax.block_until_ready(keep(rule.ours, placed))
     return params
 
 
@@ -178,7 +186,7 @@ def save_params(
     one shard is on the host. A tied head is not written.
 
     Args:
-        params: the tree of `step_grpo.model.qwen`, arrays of JAX or NumPy.
+        params: the tree of `step_grpo.model.qwen`, arrays of JAX or NumPy; adapters are merged.
         hf_config: contents of the `config.json` that goes with them.
         folder: an existing folder.
         dtype: "float32", "float16" or "bfloat16".
@@ -441,9 +449,10 @@ def _host_weight(rule: Rule, cfg: QwenConfig, read: Callable[[str], np.ndarray])
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _one_layer(weight: jax.Array, layer: int, dtype: str) -> jax.Array:
-    """One layer of a stacked weight, cast on the device; one compiled slice serves every layer."""
-    return jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False).astype(DTYPES[dtype])
+def _one_layer(weight: Weight, layer: int, dtype: str) -> jax.Array:
+    """One layer of a stacked weight, merged and cast on the device; one compiled slice serves every layer."""
+    sliced = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), weight)
+    return dense(sliced).astype(DTYPES[dtype])
 
 
 def _to_file(params: Params, rule: Rule, layer: int, sizes: dict[str, int], dtype: str) -> np.ndarray:
