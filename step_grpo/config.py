@@ -118,6 +118,9 @@ def base_config() -> ConfigDict:
         "rank": 0,
         "alpha": 32.0,  # the adapter counts alpha / rank times
         "targets": LORA_TARGETS,
+        # The frozen weights: `dense`, in the type of the compute, or rounded to `int8`, `int4` or `nf4`
+        # (QLoRA). Rounded, they need a half or a quarter of the memory, and the rollout is slower.
+        "base": "dense",
     }
     reward = {
         "name": "step_aware",  # or `accuracy`, `length_penalty`
@@ -346,6 +349,9 @@ def _check_lora(lora: ConfigDict) -> None:
     known = set(lora.targets) <= set(LORA_TARGETS) and len(set(lora.targets)) == len(lora.targets)
     right = f"some of {', '.join(LORA_TARGETS)}, each at most once"
     _require(bool(lora.targets) and known, f"{where}.targets", lora.targets, right)
+    _choice(lora, where, "base", ("dense", "int8", "int4", "nf4"))
+    right = f"'dense' where all weights are trained; {where}.rank is 0"
+    _require(lora.rank > 0 or lora.base == "dense", f"{where}.base", lora.base, right)
 
 
 def _check_data(data: ConfigDict, where: str) -> None:

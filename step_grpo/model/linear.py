@@ -1,14 +1,18 @@
 """The forms that a weight of a linear map can have, and the product with each.
 
-A weight is a dense array, or a dense array with an adapter beside it (`Adapted`; LoRA, arXiv 2106.09685). All
-forms are pytrees, so that a tree of weights is scanned, placed and taken apart whatever forms it holds.
+A weight is a dense array, a rounded one (`Rounded`: a few bits a number), or either with an adapter beside it
+(`Adapted`; LoRA, arXiv 2106.09685). All forms are pytrees, so that a tree of weights is scanned, placed and
+taken apart whatever forms it holds.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+from step_grpo.model.rounding import Rounded, restore
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("base", "a", "b"), meta_fields=("scale",))
@@ -23,18 +27,14 @@ class Adapted:
         scale: a Python number.
     """
 
-    base: jax.Array
+    base: jax.Array | Rounded
     a: jax.Array
     b: jax.Array
-    scale: float = field(default=1.0)
+    scale: float
 
 
-Weight = jax.Array | Adapted
-
-
-def is_weight(node: object) -> bool:
-    """Whether a node of a tree is a whole weight, whatever it consists of."""
-    return isinstance(node, Adapted)
+Plain: TypeAlias = jax.Array | Rounded
+Weight: TypeAlias = Plain | Adapted
 
 
 def product(axes: str, x: jax.Array, weight: Weight) -> jax.Array:
@@ -47,6 +47,9 @@ def product(axes: str, x: jax.Array, weight: Weight) -> jax.Array:
     """
     if isinstance(weight, Adapted):
         return product(axes, x, weight.base) + _beside(axes, x, weight)
+    if isinstance(weight, Rounded):
+        # The backward pass makes the dense layer anew; kept for it, there would be one of every layer.
+        return jax.checkpoint(lambda x, rounded: jnp.einsum(axes, x, restore(rounded, x.dtype)))(x, weight)
     return jnp.einsum(axes, x, weight)
 
 
@@ -62,18 +65,28 @@ def _beside(axes: str, x: jax.Array, weight: Adapted) -> jax.Array:
 
 
 def dense(weight: Weight) -> jax.Array:
-    """One layer's weight as an array; with an adapter, their sum in float32."""
+    """One layer's weight as an array; in float32 if it is rounded or has an adapter."""
     if isinstance(weight, Adapted):
         a, b = weight.a.astype(jnp.float32), weight.b.astype(jnp.float32)
         return dense(weight.base) + weight.scale * jnp.tensordot(a, b, axes=1, precision="highest")
+    if isinstance(weight, Rounded):
+        return restore(weight, jnp.float32)
     return weight
 
 
 def cast(weight: Weight, dtype) -> Weight:
-    """A weight whose products are computed in `dtype`, in the form that it has."""
-    return jax.tree.map(lambda part: part.astype(dtype), weight)
+    """A weight whose products are computed in `dtype`, in its own form; what is rounded stays as it is."""
+    if isinstance(weight, Adapted):
+        a, b = weight.a.astype(dtype), weight.b.astype(dtype)
+        return Adapted(_cast_plain(weight.base, dtype), a, b, weight.scale)
+    return _cast_plain(weight, dtype)
+
+
+def _cast_plain(weight: Plain, dtype) -> Plain:
+    return weight if isinstance(weight, Rounded) else weight.astype(dtype)
 
 
 def settled(weight: Weight, dtype) -> Weight:
-    """One layer's weight in `dtype`, as it is multiplied with fastest, over and over."""
-    return dense(weight).astype(dtype)
+    """One layer's weight as the decode loop multiplies with it: an adapter merged, if the base is dense."""
+    base = weight.base if isinstance(weight, Adapted) else weight
+    return cast(weight, dtype) if isinstance(base, Rounded) else dense(weight).astype(dtype)

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): two thin matrices beside a frozen weight, and nothing else is trained.
+"""LoRA (arXiv 2106.09685) and QLoRA: two thin matrices beside a frozen weight, and nothing else is trained.
 
 The adapter is a tree of its own, `{"layers": {"wq_DNH": {"a": [L, D, r], "b": [L, r, N, H]}, ...}}`. It is
 what a run trains and checkpoints; `attach` puts it beside the weights of the base. Without it, the base is
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from step_grpo.model.linear import Adapted, Weight
 from step_grpo.model.qwen import Params, QwenConfig, abstract_params, logical_axes
+from step_grpo.model.rounding import round_off
 from step_grpo.model.weights import RULES, Rule
 
 ADAPTER_STREAM = 2  # folded into the seed; training and evaluation are 0 and 1
@@ -92,10 +93,19 @@ def attach(scale: float, adapter: Params | None, base: Params) -> Params:
 def keeper(config: ConfigDict) -> Callable[[str, jax.Array], Weight]:
     """The form in which a run keeps each weight that it loads: (our name, float32 weight) -> weight.
 
-    A frozen weight needs no more digits than the compute has, a trained one stays in float32.
+    A frozen weight needs no more digits than the compute has, a trained one stays in float32. Every weight
+    that could have an adapter is rounded, if any is.
     """
     dtype = jnp.dtype(config.model.dtype if config.lora.rank else "float32")
-    return lambda name, weight: weight.astype(dtype)
+    inputs = {rule.ours: len(rule.axes[1]) for rule in TARGETS.values()}
+
+    def keep(name: str, weight: jax.Array) -> Weight:
+        if config.lora.base == "dense" or name not in inputs:
+            return weight.astype(dtype)
+        # along the last of its input axes; `L` is the first of all
+        return round_off(weight, config.lora.base, inputs[name] - weight.ndim, dtype)
+
+    return keep
 
 
 def attacher(lora: ConfigDict) -> Callable[[Params | None, Params | None], Any]:

@@ -1,22 +1,27 @@
 """Adapters beside frozen weights: products, gradients, the rollout, and a run that trains nothing else."""
 
+import dataclasses
 import functools
 from functools import partial
+from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from short_run import short_config, train
 
 from step_grpo import checkpoint
 from step_grpo.config import LORA_TARGETS
+from step_grpo.errors import UserError
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.settings import GrpoSettings
 from step_grpo.grpo.update import TrainBatch, Update, adamw, make_update
 from step_grpo.model import lora, qwen
 from step_grpo.model.cache import empty_cache
 from step_grpo.model.linear import Adapted, dense, product
+from step_grpo.model.rounding import Rounded, round_off
 from step_grpo.model.weights import RULES
 
 SIZES = {
@@ -209,11 +214,15 @@ def test_reference_is_the_base_itself(cfg):
 # ---------------------------------------------------------------------- rollout
 
 
+make_ready = jax.jit(qwen.decode_params, static_argnums=1)
+
+
 def decoded(cfg, ready):
     """Logits of three tokens, one after another."""
     cache, logits = empty_cache(cfg.layers, 1, cfg.kv_heads, 4, cfg.head_dim, jnp.float32), []
+    step = jax.jit(qwen.decode, static_argnums=1)
     for i, token in enumerate((5, 1, 9)):
-        out, cache = qwen.decode(ready, cfg, jnp.array([token]), cache, jnp.array([i]))
+        out, cache = step(ready, cfg, jnp.array([token]), cache, jnp.array([i]))
         logits.append(out[0])
     return jnp.stack(logits)
 
@@ -223,13 +232,114 @@ def test_rollout_of_a_dense_base_reads_merged_weights(cfg):
     whole = lora.attach(SCALE, adapter, base)
     ready, expected = (
         qwen.decode_params(whole, jnp.float32),
-        qwen.decode_params(merged(base, adapter), jnp.float32),
+        make_ready(merged(base, adapter), jnp.float32),
     )
     assert jax.tree.structure(ready) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(ready), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     unmerged = qwen.unembed(base, hidden(whole, cfg)[0, :3])
     np.testing.assert_allclose(decoded(cfg, ready), unmerged, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- rounded weights
+
+ROUNDED = ("int8", "int4", "nf4")
+WIDE = dataclasses.replace(CONFIGS["qwen3"], vocab_size=64, width=128, ffn=192, head_dim=16)
+
+
+def nearest(kind, blocks):
+    """Of all values that a block can have, the nearest to each of its numbers, by trying all."""
+    largest = np.abs(blocks).max(axis=-1, keepdims=True)[..., None].astype(np.float64)
+    table = {"int8": np.arange(-128, 128) / 127.5, "int4": np.arange(-8, 8) / 7.5, "nf4": np.array(nf4())}[
+        kind
+    ]
+    values = largest * table
+    best = np.abs(blocks[..., None] - values).argmin(axis=-1)
+    return np.take_along_axis(values, best[..., None], axis=-1)[..., 0]
+
+
+def nf4():
+    """NF4 as its paper builds it: quantiles of the normal distribution, eight above zero and seven below."""
+    offset = (1 - 1 / 30 + 1 - 1 / 32) / 2
+
+    def quantiles(count):
+        return [NormalDist().inv_cdf(p) for p in np.linspace(offset, 0.5, count)[:-1]]
+
+    values = [*(-v for v in quantiles(8)), 0.0, *quantiles(9)]
+    return sorted(v / max(values) for v in values)
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_rounded_weight_is_the_nearest_of_its_block(kind):
+    weight = np.random.default_rng(0).normal(size=(2, 3, 128, 5)).astype(np.float32)
+    weight[0, 1] = 0
+    blocks = weight.transpose(0, 1, 3, 2).reshape(2, 3, 5, 2, 64)
+    expected = nearest(kind, blocks).reshape(2, 3, 5, 128).transpose(0, 1, 3, 2)
+    found = np.array(dense(round_off(jnp.asarray(weight), kind, -2, jnp.float32)))
+    np.testing.assert_allclose(np.abs(found - weight), np.abs(expected - weight), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "levels"), [("int8", 127.5), ("int4", 7.5)])
+def test_product_with_a_rounded_weight_errs_as_rounding_does(kind, levels):
+    """Rounding adds the variance of a step, step^2 / 12, at every input."""
+    rng = np.random.default_rng(1)
+    x, w = (rng.normal(size=size).astype(np.float32) for size in ((1, 50, 512), (512, 2, 30)))
+    weight = round_off(jnp.asarray(w), kind, -3, jnp.float32)
+    error = np.array(product("BTD,DNH->BTNH", jnp.asarray(x), weight)) - np.einsum("BTD,DNH->BTNH", x, w)
+    largest = np.abs(w.reshape(8, 64, 60)).max(axis=1, keepdims=True)
+    steps = largest.repeat(64, axis=1).reshape(512, 60) / levels
+    expected = np.sqrt(np.mean(x[0] ** 2 @ steps**2 / 12))
+    assert np.sqrt(np.mean(error**2)) == pytest.approx(expected, rel=0.1)
+
+
+def test_four_bits_of_an_odd_axis_are_refused_by_field():
+    with pytest.raises(UserError, match=r"config\.lora\.base is 'nf4'.* odd width, 7; use 'int8'"):
+        round_off(jnp.ones((2, 7, 3)), "nf4", -2, jnp.float32)
+
+
+def rounded_base(kind, dtype="float32"):
+    config = ConfigDict({"model": {"dtype": dtype}, "lora": {"rank": RANK, "base": kind}})
+    keep = lora.keeper(config)
+    return jax.tree.map_with_path(lambda path, weight: keep(path[-1].key, weight), base_of(WIDE))
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_adapter_beside_rounded_weights_learns_and_samples_as_beside_the_same_dense_ones(kind):
+    base, adapter, batch = rounded_base(kind), trained_adapter(WIDE), toy_batch()
+    same = {**base, "layers": {name: dense(weight) for name, weight in base["layers"].items()}}
+    assert not np.allclose(same["layers"]["wq_DNH"], base_of(WIDE)["layers"]["wq_DNH"], atol=1e-4)
+    update = toy_update(WIDE, partial(lora.attach, SCALE))
+    ours, theirs = (update.accumulate(adapter, *update.start(adapter), batch, b)[0] for b in (base, same))
+    for grad, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(grad, expected, rtol=1e-3, atol=1e-5)
+    ready = [make_ready(lora.attach(SCALE, adapter, b), jnp.float32) for b in (base, same)]
+    np.testing.assert_allclose(decoded(WIDE, ready[0]), decoded(WIDE, ready[1]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4), ("nf4", 4)])
+def test_rounded_base_stays_rounded_from_loading_to_the_decode_loop(kind, bits):
+    whole = lora.attach(SCALE, trained_adapter(WIDE), rounded_base(kind, "bfloat16"))
+    for tree in (whole["layers"], qwen.decode_params(whole, jnp.bfloat16)["layers"][0]):
+        for rule in lora.TARGETS.values():
+            base = tree[rule.ours].base
+            dense_size = jax.eval_shape(dense, base).size
+            assert isinstance(base, Rounded) and base.codes.nbytes * 8 == bits * dense_size
+            assert base.scales.dtype == jnp.bfloat16
+            assert base.scales.size * 16 <= dense_size
+    assert whole["embed_VD"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+def test_backward_pass_keeps_no_dense_copy_of_rounded_layers(remat):
+    """What is kept of the scan is stacked along its layers."""
+    base, adapter = rounded_base("int8"), trained_adapter(WIDE)
+
+    def loss(adapter):
+        return jnp.sum(hidden.__wrapped__(lora.attach(SCALE, adapter, base), WIDE, remat))
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(adapter))
+    assert f"f32[{WIDE.layers},{WIDE.width},{RANK}]" in program
+    assert f"f32[{WIDE.layers},{WIDE.width},{WIDE.ffn}]" not in program
 
 
 # ---------------------------------------------------------------------- a run
@@ -276,3 +386,12 @@ def test_resumed_lora_run_equals_an_uninterrupted_one_bit_for_bit(lora_run, tmp_
     assert resumed.metrics == lora_run.metrics
     assert resumed.completions("after") == lora_run.completions("after")
     assert identical(*(checkpoint.open_model(run.workdir).params for run in (lora_run, resumed)))
+
+
+def test_run_over_rounded_weights_samples_and_evaluates_the_policy_that_it_trains(tmp_path):
+    settings = ({**TINY, "lora": {**TINY["lora"], "base": "nf4"}}, {"steps": 1})
+    run = train(short_config(*settings, {"prompts_per_step": 2, "eval": {"questions": 4}}), tmp_path)
+    assert 0 < run.metrics[0]["sampler_gap"] < 1e-4
+    assert run.metrics[0]["update_norm"] > 0
+    opened = checkpoint.open_model(tmp_path)
+    assert isinstance(opened.params["layers"]["wq_DNH"].base, Rounded)
