@@ -141,6 +141,7 @@ class Opened:
     folder: Path  # holds the tokenizer files
     dtype: str  # to export in, unless told otherwise
     settings: dict[str, Any]  # the config of the run that made it; empty where there was none
+    adapter: Params | None = None  # what was trained of `params`, if that is not all
 
 
 def open_model(name: str | Path) -> Opened:
@@ -159,26 +160,23 @@ def open_model(name: str | Path) -> Opened:
     if (folder / RUN).is_file():
         described = read_description(folder / "model")
         settings = read_json(folder / RUN)["config"]
-        params = _whole(folder, described.config, ConfigDict(settings))
-        return Opened(described, params, folder / "model", settings["export_dtype"], settings)
+        params, adapter = _read_weights(folder, described.config, ConfigDict(settings))
+        return Opened(described, params, folder / "model", settings["export_dtype"], settings, adapter)
     source = load_checkpoint(resolve_checkpoint(str(name), field="--checkpoint"))
     tokenizer = load_tokenizer(str(source.folder), where="--checkpoint")
     described = Description(source.config, source.hf_config, source.generation, source.eos_ids, tokenizer)
     return Opened(described, load_params(source), source.folder, source.dtype, {})
 
 
-def _whole(folder: Path, cfg: QwenConfig, config: ConfigDict) -> Params:
-    """The weights of a checkpoint; with LoRA, its adapter beside the base that its config names."""
+def _read_weights(folder: Path, cfg: QwenConfig, config: ConfigDict) -> tuple[Params, Params | None]:
+    """The weights of a checkpoint; with LoRA the base that its config names, and the adapter beside it."""
     if not config.lora.rank:
-        return _load(folder / "params", abstract_params(cfg))
+        return _load(folder / "params", abstract_params(cfg)), None
+    targets = tuple(config.lora.targets)
+    like = jax.eval_shape(partial(lora.init_adapter, cfg, config.lora.rank, targets, config.seed))
+    adapter = _load(folder / "params", like)
     _, base = load_model(config.model, config.seed, lora.keeper(config))
-    return lora.attacher(config.lora)(read_adapter(folder, cfg, config), base)
-
-
-def read_adapter(folder: Path, cfg: QwenConfig, config: ConfigDict) -> Params:
-    """The adapter in a checkpoint of a LoRA run."""
-    like = partial(lora.init_adapter, cfg, config.lora.rank, tuple(config.lora.targets), config.seed)
-    return _load(folder / "params", jax.eval_shape(like))
+    return lora.attacher(config.lora)(adapter, base), adapter
 
 
 def read_description(folder: Path) -> Description:

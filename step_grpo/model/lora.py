@@ -7,18 +7,21 @@ the policy that training began with: the reference costs no memory.
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
 from step_grpo.model.linear import Adapted, Weight
 from step_grpo.model.qwen import Params, QwenConfig, abstract_params, logical_axes
 from step_grpo.model.rounding import round_off
-from step_grpo.model.weights import RULES, Rule
+from step_grpo.model.weights import DTYPES, RULES, Rule, write_json
 
 ADAPTER_STREAM = 2  # folded into the seed; training and evaluation are 0 and 1
 TARGETS: dict[str, Rule] = {
@@ -115,3 +118,45 @@ def attacher(lora: ConfigDict) -> Callable[[Params | None, Params | None], Any]:
         lora: `config.lora`; with rank 0 what is trained is the whole.
     """
     return partial(attach, lora.alpha / lora.rank) if lora.rank else lambda trained, frozen: trained
+
+
+# ---------------------------------------------------------------------- PEFT's files
+
+
+def save_adapter(adapter: Params, settings: ConfigDict, base: str, folder: Path, *, dtype: str) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors` as `peft` reads them.
+
+    Args:
+        adapter: as `init_adapter` makes it.
+        settings: `config.lora` of its run.
+        base: folder or Hub name of the model that it belongs to.
+        folder: an existing folder.
+        dtype: "float32", "float16" or "bfloat16".
+    """
+    tensors = {
+        name: np.ascontiguousarray(tensor.astype(DTYPES[dtype])) for name, tensor in _peft_tensors(adapter)
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "target_modules": sorted(settings.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    write_json(folder / "adapter_config.json", fields)
+
+
+def _peft_tensors(adapter: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and matrices `[r, in]` and `[out, r]`: torch stores a linear map as `[out, in]`."""
+    for rule in TARGETS.values():
+        pair = adapter["layers"].get(rule.ours, {"a": (), "b": ()})
+        for layer, (a, b) in enumerate(zip(pair["a"], pair["b"], strict=True)):
+            module = "base_model.model." + rule.hf.format(layer).removesuffix(".weight")
+            yield f"{module}.lora_A.weight", np.asarray(a).reshape(-1, a.shape[-1]).T
+            yield f"{module}.lora_B.weight", np.asarray(b).reshape(b.shape[0], -1).T

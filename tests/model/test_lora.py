@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from functools import partial
 from statistics import NormalDist
 
@@ -15,6 +16,7 @@ from short_run import short_config, train
 from step_grpo import checkpoint
 from step_grpo.config import LORA_TARGETS
 from step_grpo.errors import UserError
+from step_grpo.export import export, export_adapter
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.settings import GrpoSettings
 from step_grpo.grpo.update import TrainBatch, Update, adamw, make_update
@@ -374,8 +376,7 @@ def test_sampler_reads_the_policy_that_is_trained(lora_run):
 
 def test_checkpoint_holds_the_adapter_alone(lora_run):
     folder = checkpoint.saved_steps(lora_run.workdir)[-1]
-    described = checkpoint.read_description(folder / "model")
-    adapter = checkpoint.read_adapter(folder, described.config, lora_run.config)
+    adapter = checkpoint.open_model(folder).adapter
     stored = sum(file.stat().st_size for file in (folder / "params").rglob("*") if file.is_file())
     assert stored < 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
 
@@ -395,3 +396,39 @@ def test_run_over_rounded_weights_samples_and_evaluates_the_policy_that_it_train
     assert run.metrics[0]["update_norm"] > 0
     opened = checkpoint.open_model(tmp_path)
     assert isinstance(opened.params["layers"]["wq_DNH"].base, Rounded)
+
+
+# ---------------------------------------------------------------------- export
+
+
+def test_adapter_in_peft_is_the_merged_export_in_transformers_and_our_own_forward(lora_run, tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    export_adapter(lora_run.workdir, tmp_path / "adapter", dtype="float32")
+    export(lora_run.workdir, tmp_path / "merged", dtype="float32")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    tokens = np.random.default_rng(0).integers(0, 60, size=(2, 24))
+
+    def logits(model):
+        with torch.no_grad():
+            return model.eval()(torch.tensor(tokens)).logits.numpy()
+
+    base = AutoModelForCausalLM.from_pretrained(settings["base_model_name_or_path"], dtype=torch.float32)
+    before = logits(base)
+    in_peft = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    opened = checkpoint.open_model(lora_run.workdir)
+    cfg, positions = opened.described.config, jnp.broadcast_to(jnp.arange(24), (2, 24))
+    states = qwen.forward(
+        opened.params, cfg, jnp.asarray(tokens), positions, jnp.ones_like(positions), jnp.float32
+    )
+    assert np.abs(merged - before).max() > 1e-2
+    np.testing.assert_allclose(in_peft, merged, atol=1e-4)
+    np.testing.assert_allclose(qwen.unembed(opened.params, states), merged, atol=1e-4)
+
+
+def test_adapter_of_a_run_without_one_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"builtin:tiny is of no run with config\.lora\.rank above 0"):
+        export_adapter("builtin:tiny", tmp_path / "adapter")
