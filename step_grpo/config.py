@@ -113,8 +113,8 @@ def base_config() -> ConfigDict:
     }
     lora = {
         # Train an adapter of this rank and leave the weights as they are; 0: train all weights. An adapter
-        # takes about ten times the learning rate, and without optimizer state and gradients of the weights
-        # far less memory.
+        # takes about ten times the learning rate (config.grpo.learning_rate), and far less memory: the
+        # weights have no gradients and no optimizer state.
         "rank": 0,
         "alpha": 32.0,  # the adapter counts alpha / rank times
         "targets": LORA_TARGETS,

@@ -61,12 +61,13 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
     # ------------------------------------------------------------------ model
     mesh = make_mesh(config.rollout.lanes, config.grpo.rows)
     described, params = load_model(config.model, config.seed, lora.keeper(config))
-    params, frozen = divide(described.config, jax.device_put(params, replicated(mesh)), config)
+    frozen = freeze(described.config, jax.device_put(params, replicated(mesh)), config)
     whole = lora.attacher(config.lora)
     optimizer = optimizer_of(config.grpo)
     spread = choose_attention(config.model.attention, mesh, spread_rows=True)
     update = build_update(described.config, config, optimizer, spread)
-    state = update.init(jax.device_put(params, replicated(mesh)))
+    # The update donates its state, and what training began with must outlive it: a copy.
+    state = update.init(jax.device_put(jax.tree.map(jnp.copy, frozen.first), replicated(mesh)))
     progress, state = checkpoint.restore(workdir, state, config)
 
     # ------------------------------------------------------------------ questions
@@ -100,7 +101,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
             write_completions(workdir / f"completions_{name}.jsonl", scored)
             return summarise(scored)
 
-        before = measure(whole(frozen.reference, frozen.base), "before")
+        before = measure(whole(frozen.first, frozen.base), "before")
 
         # -------------------------------------------------------------- loop
         with (
@@ -250,19 +251,21 @@ class Frozen(NamedTuple):
 
     Attributes:
         base: what the trained adapter lies beside; None where all weights are trained.
+        first: what is trained, as it was before the first step.
         reference: what the KL compares with; None for the base without an adapter.
     """
 
     base: qwen.Params | None
+    first: qwen.Params
     reference: qwen.Params | None
 
 
-def divide(cfg: qwen.QwenConfig, params: qwen.Params, config: ConfigDict) -> tuple[qwen.Params, Frozen]:
-    """What is trained, and what stays; the update gives the buffers of the former away."""
+def freeze(cfg: qwen.QwenConfig, params: qwen.Params, config: ConfigDict) -> Frozen:
+    """What stays as it was loaded or begun."""
     if config.lora.rank:
         adapter = lora.init_adapter(cfg, config.lora.rank, tuple(config.lora.targets), config.seed)
-        return adapter, Frozen(base=params, reference=None)
-    return jax.tree.map(jnp.copy, params), Frozen(base=None, reference=params)
+        return Frozen(base=params, first=adapter, reference=None)
+    return Frozen(base=None, first=params, reference=params)
 
 
 def optimizer_of(config: ConfigDict) -> Any:
