@@ -123,6 +123,21 @@ def share_of(mesh: Mesh, process: int) -> Mesh:
     return Mesh(mine, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
+def seen_from(mesh: Mesh, array: jax.Array) -> jax.Array:
+    """An array on a larger mesh as one on a part of it (`share_of`), which must hold all of it; no copy."""
+    held = {shard.device: shard.data for shard in array.addressable_shards}
+    assert isinstance(array.sharding, NamedSharding)
+    where = NamedSharding(mesh, array.sharding.spec)
+    return jax.make_array_from_single_device_arrays(
+        array.shape, where, [held[device] for device in mesh.devices.flat]
+    )
+
+
+def row_shares(mesh: Mesh) -> int:
+    """Parts that the rows are spread over."""
+    return axis_size(mesh, "data") * axis_size(mesh, "fsdp")
+
+
 def axis_size(mesh: Mesh, axis: str) -> int:
     """Devices along an axis; 1 where the mesh does not have it."""
     return mesh.shape.get(axis, 1)
@@ -156,6 +171,11 @@ def spec_of(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None 
     return PartitionSpec(*spec)
 
 
+def is_axes(tree: Any) -> bool:
+    """Whether it names the logical axes of one array."""
+    return isinstance(tree, tuple) and all(name is None or isinstance(name, str) for name in tree)
+
+
 def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     """The sharding of every array of a tree.
 
@@ -167,7 +187,7 @@ def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     Raises:
         UserError: as `spec_of`.
     """
-    names, structure = jax.tree.flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
+    names, structure = jax.tree.flatten(axes, is_leaf=is_axes)
     specs = [spec_of(mesh, n, x.shape) for n, x in zip(names, jax.tree.leaves(shapes), strict=True)]
     return jax.tree.unflatten(structure, [NamedSharding(mesh, spec) for spec in specs])
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from step_grpo.mesh import axis_size, spec_of
+from step_grpo.mesh import axis_size, row_shares, spec_of
 
 # Stands for the logit of a column that is not to count. Finite, so that 0 times it is 0.
 _NEVER = -1e30
@@ -103,7 +103,7 @@ def token_logprobs(
     """
     rows, length, _ = hidden.shape
     if mesh is not None:
-        rows //= axis_size(mesh, "data") * axis_size(mesh, "fsdp")
+        rows //= row_shares(mesh)
         vocab_chunk = min(vocab_chunk, head.shape[vocab_axis] // axis_size(mesh, "tensor"))
     tiling = _Tiling(
         width=min(length, max(1, chunk // rows)),

@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 
 from step_grpo.errors import UserError
-from step_grpo.mesh import axis_size, spec_of
+from step_grpo.mesh import axis_size, is_axes, spec_of
 from step_grpo.model.cache import LayerCache, stored_token, write_token
 from step_grpo.model.tpu_kernels import ragged_decode_attention, write_token_in_place
 
@@ -146,19 +146,12 @@ def _on_each_device(
     def specs(axes):
         return spec_of(mesh, [None if name in whole else name for name in axes])
 
-    in_specs, out_specs = (
-        jax.tree.map(specs, axes, is_leaf=_is_axes) for axes in (tuple(in_axes), out_axes)
-    )
+    in_specs, out_specs = (jax.tree.map(specs, axes, is_leaf=is_axes) for axes in (tuple(in_axes), out_axes))
     if attention.rows_over is None:  # in a shard_map over the rows already
         return jax.shard_map(
             function, in_specs=in_specs, out_specs=out_specs, axis_names={"tensor"}, check_vma=False
         )
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def _is_axes(tree: Any) -> bool:
-    """Whether it names the logical axes of one array."""
-    return isinstance(tree, tuple) and all(name is None or isinstance(name, str) for name in tree)
 
 
 def _same_segment(segments_BT: jax.Array) -> jax.Array:

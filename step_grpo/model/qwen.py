@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from step_grpo.errors import UserError
-from step_grpo.mesh import constrain
+from step_grpo.mesh import constrain, is_axes
 from step_grpo.model.attention import XLA, Attention, decode_attention, full_attention
 from step_grpo.model.cache import Cache, LayerCache
 
@@ -198,7 +198,7 @@ def _gathered(axes: Params) -> Params:
     return jax.tree.map(
         lambda names: tuple(None if name == "embed" else name for name in names),
         axes,
-        is_leaf=lambda x: isinstance(x, tuple),
+        is_leaf=is_axes,
     )
 
 
