@@ -22,7 +22,7 @@ from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, encode_prompts
 from step_grpo.data.sources import load_questions
 from step_grpo.errors import UserError
-from step_grpo.mesh import make_mesh, seen_from, shardings, share_of, use_all_cores
+from step_grpo.mesh import mesh_of, seen_from, shardings, share_of, use_all_cores
 from step_grpo.model import qwen
 from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description
@@ -38,7 +38,7 @@ def main(config: ConfigDict, checkpoint: str, workdir: Path = Path("workdir")) -
     """Evaluates a checkpoint and writes `completions.jsonl` and `evaluation.json`."""
     validate(config)
     use_all_cores()
-    mesh = make_mesh(config.rollout.lanes, **config.mesh)
+    mesh = mesh_of(config.mesh, config.rollout.lanes)
     opened = open_model(checkpoint, mesh)
     described = opened.described
     prompts = evaluation_prompts(described, config)
