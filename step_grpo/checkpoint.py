@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from orbax.checkpoint.experimental import v1 as ocp
 
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.errors import UserError
 from step_grpo.grpo.update import TrainState
+from step_grpo.mesh import shardings
 from step_grpo.model import lora
 from step_grpo.model.load import Description, load_model, save_description
 from step_grpo.model.qwen import Params, QwenConfig, abstract_params, config_from_hf
@@ -28,6 +30,7 @@ from step_grpo.model.weights import (
     eos_ids_of,
     load_checkpoint,
     load_params,
+    param_shardings,
     read_json,
     resolve_checkpoint,
     write_json,
@@ -144,12 +147,13 @@ class Opened:
     adapter: Params | None = None  # what was trained of `params`, if that is not all
 
 
-def open_model(name: str | Path) -> Opened:
+def open_model(name: str | Path, mesh: Mesh | None = None) -> Opened:
     """Loads a model.
 
     Args:
         name: a run's workdir (its newest checkpoint), one of its checkpoints, a Hugging Face folder, a Hub
             name, or `builtin:tiny`.
+        mesh: over which the weights are to lie; None for one device.
 
     Raises:
         UserError: there is no such checkpoint, or it does not load.
@@ -160,23 +164,31 @@ def open_model(name: str | Path) -> Opened:
     if (folder / RUN).is_file():
         described = read_description(folder / "model")
         settings = read_json(folder / RUN)["config"]
-        params, adapter = _read_weights(folder, described.config, ConfigDict(settings))
+        params, adapter = _read_weights(folder, described.config, ConfigDict(settings), mesh)
         return Opened(described, params, folder / "model", settings["export_dtype"], settings, adapter)
     source = load_checkpoint(resolve_checkpoint(str(name), field="--checkpoint"))
     tokenizer = load_tokenizer(str(source.folder), where="--checkpoint")
     described = Description(source.config, source.hf_config, source.generation, source.eos_ids, tokenizer)
-    return Opened(described, load_params(source), source.folder, source.dtype, {})
+    return Opened(described, load_params(source, mesh), source.folder, source.dtype, {})
 
 
-def _read_weights(folder: Path, cfg: QwenConfig, config: ConfigDict) -> tuple[Params, Params | None]:
+def _read_weights(
+    folder: Path, cfg: QwenConfig, config: ConfigDict, mesh: Mesh | None
+) -> tuple[Params, Params | None]:
     """The weights of a checkpoint; with LoRA the base that its config names, and the adapter beside it."""
     if not config.lora.rank:
-        return _load(folder / "params", abstract_params(cfg)), None
+        return _load(folder / "params", _lying(abstract_params(cfg), param_shardings(cfg, mesh))), None
     targets = tuple(config.lora.targets)
     like = jax.eval_shape(partial(lora.init_adapter, cfg, config.lora.rank, targets, config.seed))
-    adapter = _load(folder / "params", like)
-    _, base = load_model(config.model, config.seed, lora.keeper(config))
+    where = shardings(mesh, lora.adapter_axes(cfg, targets), like) if mesh else None
+    adapter = _load(folder / "params", _lying(like, where) if where else like)
+    _, base = load_model(config.model, config.seed, mesh, lora.keeper(config))
     return lora.attacher(config.lora)(adapter, base), adapter
+
+
+def _lying(shapes: Params, where: Params) -> Params:
+    """The shapes with the sharding of each."""
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
 
 
 def read_description(folder: Path) -> Description:

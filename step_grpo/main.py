@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -36,10 +37,10 @@ from step_grpo.grpo.advantages import group_advantages
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.settings import GrpoSettings
 from step_grpo.grpo.update import Measurements, TrainBatch, TrainState, Update, adamw, make_update
-from step_grpo.mesh import make_mesh, over_data, replicated, use_all_cores
+from step_grpo.mesh import mesh_of, over_data, row_shares, shardings, share_of, use_all_cores
 from step_grpo.metrics import MetricsWriter, read_metrics
 from step_grpo.model import lora, qwen
-from step_grpo.model.attention import XLA, Attention, choose_attention
+from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description, load_model, save_description
 from step_grpo.report import evaluation_table, progress_bar
 from step_grpo.reward import rewards
@@ -59,15 +60,14 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
     use_all_cores()
 
     # ------------------------------------------------------------------ model
-    mesh = make_mesh(config.rollout.lanes, config.grpo.rows)
-    described, params = load_model(config.model, config.seed, lora.keeper(config))
-    frozen = freeze(described.config, jax.device_put(params, replicated(mesh)), config)
+    mesh = mesh_of(config.mesh, config.rollout.lanes, config.grpo.rows)
+    sampling = share_of(mesh, jax.process_index())
+    described, params = load_model(config.model, config.seed, mesh, lora.keeper(config))
+    frozen = freeze(described.config, params, config, mesh)
     whole = lora.attacher(config.lora)
-    optimizer = optimizer_of(config.grpo)
-    spread = choose_attention(config.model.attention, mesh, spread_rows=True)
-    update = build_update(described.config, config, optimizer, spread)
+    update = build_update(described.config, config, optimizer_of(config.grpo), mesh)
     # The update donates its state, and what training began with must outlive it: a copy.
-    state = update.init(jax.device_put(jax.tree.map(jnp.copy, frozen.first), replicated(mesh)))
+    state = update.init(jax.tree.map(jnp.copy, frozen.first))
     progress, state = checkpoint.restore(workdir, state, config)
 
     # ------------------------------------------------------------------ questions
@@ -79,7 +79,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
     rollout = build_engine(
         described,
         config.rollout,
-        mesh,
+        sampling,
         config.model.dtype,
         truncate=config.rollout.exit != "none",
         temperature=config.rollout.temperature,
@@ -87,16 +87,16 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
         top_p=config.rollout.top_p,
         min_p=config.rollout.min_p,
         max_response=config.rollout.max_response_tokens,
-        attention=choose_attention(config.model.attention, mesh),
+        attention=choose_attention(config.model.attention, sampling),
     )
-    plain = evaluation_engine(described, config, mesh)
+    plain = evaluation_engine(described, config, sampling)
     workdir.mkdir(parents=True, exist_ok=True)
     run_key = jax.random.fold_in(jax.random.key(config.seed), TRAINING_STREAM)
 
     with Grader(config.reward.grading_workers, config.reward.grading_deadline) as grader:
 
         def measure(params: qwen.Params, name: str) -> dict[str, Any]:
-            ready = decode_ready(params, config.model.dtype, mesh)
+            ready = decode_ready(params, described.config, config.model.dtype, mesh)
             scored = evaluate(described, plain, ready, held_out, config, grader, f"evaluation {name}")
             write_completions(workdir / f"completions_{name}.jsonl", scored)
             return summarise(scored)
@@ -111,10 +111,13 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
             for step in range(progress.step, config.steps):
                 clock = Stopwatch()
                 batch, cursor = take_prompts(questions, progress.cursor, config)
-                ready = decode_ready(whole(state.params, frozen.base), config.model.dtype, mesh)
+                ready = decode_ready(
+                    whole(state.params, frozen.base), described.config, config.model.dtype, mesh
+                )
                 completions, stats = rollout(
                     ready, [p.ids for p in batch], config.rollout.samples, jax.random.fold_in(run_key, step)
                 )
+                del ready  # the update needs the room
                 clock.lap("rollout_seconds")
                 scored = score_completions(
                     described.tokenizer, batch, completions, grader, tuple(config.rollout.triggers)
@@ -260,11 +263,12 @@ class Frozen(NamedTuple):
     reference: qwen.Params | None
 
 
-def freeze(cfg: qwen.QwenConfig, params: qwen.Params, config: ConfigDict) -> Frozen:
+def freeze(cfg: qwen.QwenConfig, params: qwen.Params, config: ConfigDict, mesh: Mesh) -> Frozen:
     """What stays as it was loaded or begun."""
     if config.lora.rank:
         adapter = lora.init_adapter(cfg, config.lora.rank, tuple(config.lora.targets), config.seed)
-        return Frozen(base=params, first=adapter, reference=None)
+        where = shardings(mesh, lora.adapter_axes(cfg, config.lora.targets), adapter)
+        return Frozen(base=params, first=jax.device_put(adapter, where), reference=None)
     return Frozen(base=None, first=params, reference=params)
 
 
@@ -280,11 +284,10 @@ def optimizer_of(config: ConfigDict) -> Any:
     )
 
 
-def build_update(
-    cfg: qwen.QwenConfig, config: ConfigDict, optimizer: Any, attention: Attention = XLA
-) -> Update:
-    """The jitted functions of the update for a model."""
+def build_update(cfg: qwen.QwenConfig, config: ConfigDict, optimizer: Any, mesh: Mesh) -> Update:
+    """The jitted functions of the update for a model whose weights lie on a mesh."""
     dtype = jnp.dtype(config.model.dtype)
+    attention = choose_attention(config.model.attention, mesh, spread_rows=True)
     settings = GrpoSettings(
         clip_low=config.grpo.clip_low,
         clip_high=config.grpo.clip_high,
@@ -302,6 +305,7 @@ def build_update(
         optimizer,
         vocab_axis=0 if cfg.tied else 1,
         attach=lora.attacher(config.lora),
+        mesh=mesh,
     )
 
 
@@ -325,7 +329,7 @@ def update_policy(
     frozen: Frozen,
     samples: Sequence[Sample],
     config: ConfigDict,
-    mesh: Any,
+    mesh: Mesh,
 ) -> tuple[TrainState, dict[str, float]]:
     """One pass over a rollout batch: an update for every `prompts_per_update` prompts.
 
@@ -345,7 +349,7 @@ def update_policy(
         return TrainBatch(placed, old, update.logprobs(frozen.reference, placed, frozen.base).logprobs)
 
     parts = [samples[i : i + per_update] for i in range(0, len(samples), per_update)]
-    shape = {"row_length": config.grpo.row_length, "rows": config.grpo.rows}
+    shape = {"row_length": config.grpo.row_length, "rows": config.grpo.rows or row_shares(mesh)}
     minibatches = [[compared(packed) for packed in pack(part, **shape)] for part in parts]
     measured: list[Measurements] = []
     for minibatch in minibatches:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from step_grpo.grpo.logprobs import TokenLogprobs, token_logprobs
 from step_grpo.grpo.loss import LossSums, grpo_loss_sums
@@ -62,7 +62,7 @@ class Measurements(NamedTuple):
 
 
 class Update(NamedTuple):
-    """Pure functions of one training run, all but `start` jitted; each compiles once for one shape of batch.
+    """Pure functions of one training run; each compiles once for one shape of batch.
 
     Attributes:
         init: params -> TrainState at step 0, which holds these very buffers. `apply` gives them away: keep a
@@ -124,6 +124,7 @@ def make_update(
     *,
     vocab_axis: int = 1,
     attach: AttachFn = lambda params, frozen: params,
+    mesh: Mesh | None = None,
 ) -> Update:
     """Build the functions of the update. Call once a run: what it returns holds the compiled programs.
 
@@ -134,6 +135,7 @@ def make_update(
         optimizer: such as `adamw()`.
         vocab_axis: 1 where the head is [D, V], 0 where it is [V, D] (a tied embedding).
         attach: (trained params, frozen params or None) -> the params that `hidden_fn` and `head_fn` take.
+        mesh: over which rows and weights lie (see `token_logprobs`); None on one device.
 
     Returns:
         Update.
@@ -150,6 +152,7 @@ def make_update(
             chunk=settings.logprob_chunk,
             vocab_chunk=settings.logprob_vocab_chunk,
             vocab_axis=vocab_axis,
+            mesh=mesh,
         )
 
     def loss_sum(params: Params, batch: TrainBatch, frozen: Params | None) -> tuple[jax.Array, LossSums]:
@@ -176,10 +179,13 @@ def make_update(
         return _apply(optimizer, state, grads, sums)
 
     def init(params: Params) -> TrainState:
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
+        state = jax.eval_shape(optimizer.init, params)
+        make = jax.jit(optimizer.init, out_shardings=_beside(optimizer, state, params))
+        step = _zero((), _everywhere(params), jnp.int32)
+        return TrainState(step, params, make(params))
 
     return Update(
-        init=jax.jit(init),
+        init=init,
         start=_zeros,
         logprobs=jax.jit(logprobs),
         accumulate=jax.jit(accumulate, donate_argnums=(1, 2)),
@@ -189,16 +195,33 @@ def make_update(
 
 def _zeros(params: Params) -> tuple[Params, LossSums]:
     """Zeros that lie where `accumulate` leaves its sums: elsewhere, its second call would compile anew."""
+    grads = jax.tree.map(lambda param: _zero(param.shape, param.sharding), params)
+    return grads, LossSums(*(_zero((), _everywhere(params)) for _ in LossSums._fields))
 
-    def zeros(shape: tuple[int, ...], where: jax.sharding.Sharding) -> jax.Array:
-        # A device given by name commits an array to it; params on the default device are not committed.
-        return jnp.zeros(shape, jnp.float32, device=where if isinstance(where, NamedSharding) else None)
 
-    everywhere = jax.tree.leaves(params)[0].sharding
-    if isinstance(everywhere, NamedSharding):
-        everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
-    grads = jax.tree.map(lambda param: zeros(param.shape, param.sharding), params)
-    return grads, LossSums(*(zeros((), everywhere) for _ in LossSums._fields))
+def _zero(shape: tuple[int, ...], where: jax.sharding.Sharding, dtype: Any = jnp.float32) -> jax.Array:
+    # A device given by name commits an array to it; params on the default device are not committed.
+    return jnp.zeros(shape, dtype, device=where if isinstance(where, NamedSharding) else None)
+
+
+def _beside(optimizer: optax.GradientTransformation, state: optax.OptState, params: Params) -> Any:
+    """Where an optimizer's state lies: moments where their params do, for zeros know of no place."""
+    everywhere = _everywhere(params)
+    if not isinstance(everywhere, NamedSharding):
+        return None
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, param: param.sharding,
+        state,
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+
+
+def _everywhere(params: Params) -> jax.sharding.Sharding:
+    """A copy on every device of the params."""
+    where = jax.tree.leaves(params)[0].sharding
+    return NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
 
 
 def _apply(

@@ -7,7 +7,7 @@ taken apart whatever forms it holds.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,27 @@ def dense(weight: Weight) -> jax.Array:
     if isinstance(weight, Rounded):
         return restore(weight, jnp.float32)
     return weight
+
+
+def axes_of(names: tuple[str | None, ...], weight: Weight) -> Any:
+    """The logical axes of every part of a weight, in the form of the weight.
+
+    Scales are whole along the axis of their blocks, which may be few; the rank is not spread.
+
+    Args:
+        names: of the dense weight, with `L` or without.
+        weight: arrays, or what has their shapes.
+    """
+    if isinstance(weight, Adapted):
+        inputs, outputs = weight.a.ndim - 1, weight.b.ndim - 1
+        stacked = names[: inputs + outputs - len(names)]  # `L` belongs to both
+        a, b = (*names[:inputs], None), (*stacked, None, *names[inputs:])
+        return Adapted(axes_of(names, weight.base), a, b, weight.scale)  # type: ignore[arg-type]
+    if isinstance(weight, Rounded):
+        place = len(names) + weight.axis
+        scales = (*names[:place], None, *names[place + 1 :])
+        return Rounded(names, scales, weight.kind, weight.axis)  # type: ignore[arg-type]
+    return names
 
 
 def cast(weight: Weight, dtype) -> Weight:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.errors import UserError
 from step_grpo.model.linear import Weight
-from step_grpo.model.qwen import Params, QwenConfig, config_from_hf
+from step_grpo.model.qwen import Params, QwenConfig, config_from_hf, logical_axes
 from step_grpo.model.weights import (
     TOKENIZER_FILES,
+    lay_out,
     load_checkpoint,
     load_params,
     random_checkpoint,
@@ -35,13 +37,17 @@ class Description:
 
 
 def load_model(
-    config: ConfigDict, seed: int, keep: Callable[[str, jax.Array], Weight] = lambda name, weight: weight
+    config: ConfigDict,
+    seed: int,
+    mesh: Mesh | None = None,
+    keep: Callable[[str, jax.Array], Weight] = lambda name, weight: weight,
 ) -> tuple[Description, Params]:
     """Loads `config.model`: a checkpoint, or random weights of a given architecture.
 
     Args:
         config: the `model` part of a config.
         seed: of the random weights.
+        mesh: over which the weights are to lie; None for one device.
         keep: (our name, float32 weight) -> the form to keep it in.
 
     Raises:
@@ -54,14 +60,23 @@ def load_model(
             checkpoint.config, checkpoint.hf_config, checkpoint.generation, checkpoint.eos_ids, tokenizer
         )
         check_vocabulary(described)
-        return described, load_params(checkpoint, keep=keep)
-    described, params = random_model(config.architecture.to_dict(), load_tokenizer(config.tokenizer), seed)
-    return described, jax.tree.map_with_path(lambda path, weight: keep(path[-1].key, weight), params)
+        return described, load_params(checkpoint, mesh, keep=keep)
+    described, params = random_model(
+        config.architecture.to_dict(), load_tokenizer(config.tokenizer), seed, mesh
+    )
+    kept = jax.tree.map_with_path(
+        lambda path, weight, axes: lay_out(keep(path[-1].key, weight), axes, mesh),
+        params,
+        logical_axes(described.config),
+    )
+    return described, kept
 
 
-def random_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> tuple[Description, Params]:
+def random_model(
+    architecture: dict[str, Any], tokenizer: Any, seed: int, mesh: Mesh | None = None
+) -> tuple[Description, Params]:
     """Random weights around a tokenizer, which says where texts end."""
-    hf_config, params = random_checkpoint(architecture, seed)
+    hf_config, params = random_checkpoint(architecture, seed, mesh)
     ids = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     eos_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
     hf_config = {**hf_config, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

@@ -10,21 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 from short_run import short_config, train
 
 from step_grpo import checkpoint
 from step_grpo.config import LORA_TARGETS
 from step_grpo.errors import UserError
+from step_grpo.evaluate import decode_ready
 from step_grpo.export import export, export_adapter
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.settings import GrpoSettings
 from step_grpo.grpo.update import TrainBatch, Update, adamw, make_update
+from step_grpo.mesh import make_mesh, shardings
 from step_grpo.model import lora, qwen
+from step_grpo.model.attention import XLA, choose_attention
 from step_grpo.model.cache import empty_cache
 from step_grpo.model.linear import Adapted, dense, product
 from step_grpo.model.rounding import Rounded, round_off
-from step_grpo.model.weights import RULES
+from step_grpo.model.weights import RULES, lay_out
 
 SIZES = {
     "vocab_size": 4099, "width": 12, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 6, "ffn": 10,
@@ -432,3 +436,39 @@ def test_adapter_in_peft_is_the_merged_export_in_transformers_and_our_own_forwar
 def test_adapter_of_a_run_without_one_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"builtin:tiny is of no run with config\.lora\.rank above 0"):
         export_adapter("builtin:tiny", tmp_path / "adapter")
+
+
+# ---------------------------------------------------------------------- over devices
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_adapter_and_base_over_a_mesh_compute_as_on_one_device(kind):
+    """Eight devices, two along each axis; every part lies where the axes of its weight say."""
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    base, adapter = rounded_base(kind), trained_adapter(WIDE)
+    names = qwen.logical_axes(WIDE)
+    spread = jax.tree.map(
+        lambda weight, axes: lay_out(weight, axes, mesh),
+        lora.attach(SCALE, adapter, base),
+        names,
+        is_leaf=lambda node: isinstance(node, Adapted | Rounded),
+    )
+    wq = spread["layers"]["wq_DNH"]
+    assert wq.a.sharding.spec == PartitionSpec(None, "fsdp")
+    assert wq.b.sharding.spec == PartitionSpec(None, None, "tensor")
+    assert jax.tree.leaves(wq.base)[0].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    where = shardings(mesh, lora.adapter_axes(WIDE, LORA_TARGETS), adapter)
+    assert where["layers"]["wq_DNH"]["b"].spec == wq.b.sharding.spec
+    one = qwen.decode_params(lora.attach(SCALE, adapter, base), jnp.float32)
+    ready = decode_ready(spread, WIDE, "float32", mesh)
+    for ours, expected in zip(jax.tree.leaves(ready), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    tokens = jnp.arange(24).reshape(4, 6)
+    positions, attention = tokens % 6, choose_attention("xla", mesh, spread_rows=True)
+    here, there = (
+        jax.jit(partial(qwen.forward, cfg=WIDE, dtype=jnp.float32, attention=how))(
+            params, tokens_BT=tokens, positions_BT=positions, segments_BT=jnp.ones_like(tokens)
+        )
+        for params, how in ((lora.attach(SCALE, adapter, base), XLA), (spread, attention))
+    )
+    np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-4)
