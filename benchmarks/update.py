@@ -64,7 +64,6 @@ from step_grpo.grpo.update import TrainBatch, TrainState, Update
 from step_grpo.main import build_update, optimizer_of
 from step_grpo.mesh import make_mesh, over_data, replicated, use_all_cores
 from step_grpo.model import qwen
-from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description, load_model, random_model, save_description
 from step_grpo.model.weights import WEIGHTS, load_checkpoint, load_params, resolve_checkpoint, save_params
 
@@ -243,8 +242,7 @@ class Ours:
 
     def __init__(self, job: Job):
         self.job = job
-        spread = choose_attention(job.config.model.attention, job.mesh, spread_rows=True)
-        self.update: Update = build_update(job.described.config, job.config, job.optimizer, spread)
+        self.update: Update = build_update(job.described.config, job.config, job.optimizer, job.mesh)
         self.profile: dict[str, float] = {}  # seconds of the last run
 
     def __call__(self) -> int:
@@ -374,7 +372,7 @@ class TrlSide:
             save_file(step.named_gradients(), Path(name) / WEIGHTS)
             save_description(self.job.described, Path(name))
             del step
-            return loss, load_params(load_checkpoint(name), place=cast(Any, np.asarray))
+            return loss, jax.device_get(load_params(load_checkpoint(name)))
 
 
 def place(values: Sequence[np.ndarray], packed: PackedBatch) -> np.ndarray:

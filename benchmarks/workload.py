@@ -75,7 +75,7 @@ def tiny_workload(prompts: int, config: ConfigDict) -> Workload:
     mesh = make_mesh(config.rollout.lanes)
     return Workload(
         described,
-        decode_ready(jax.device_put(params, replicated(mesh)), config.model.dtype, mesh),
+        decode_ready(jax.device_put(params, replicated(mesh)), described.config, config.model.dtype, mesh),
         resolve_checkpoint(config.model.checkpoint),
         encode(described.tokenizer, prompts, config),
         config,
@@ -98,7 +98,7 @@ def random_workload(shape: str, prompts: int, config: ConfigDict, devices: int, 
     save_params(params, described.hf_config, folder, dtype="float32")
     save_description(described, folder)
     mesh = make_mesh(config.rollout.lanes, devices)
-    ready = decode_ready(jax.device_put(params, replicated(mesh)), config.model.dtype, mesh)
+    ready = decode_ready(jax.device_put(params, replicated(mesh)), described.config, config.model.dtype, mesh)
     return Workload(described, ready, folder, encode(tokenizer, prompts, config), config, mesh)
 
 

@@ -17,6 +17,8 @@ def get_config():
     config.model.checkpoint = "builtin:tiny"
     config.model.dtype = "float32"
 
+    config.mesh.data, config.mesh.fsdp = 0, 1  # the model is small: a copy on every device
+
     config.data = data_config(source="arithmetic", split="train", count=10_000)
 
     config.rollout.samples = 8

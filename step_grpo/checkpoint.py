@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from orbax.checkpoint.experimental import v1 as ocp
 
@@ -25,6 +26,7 @@ from step_grpo.model.weights import (
     eos_ids_of,
     load_checkpoint,
     load_params,
+    param_shardings,
     read_json,
     resolve_checkpoint,
     write_json,
@@ -140,12 +142,13 @@ class Opened:
     settings: dict[str, Any]  # the config of the run that made it; empty where there was none
 
 
-def open_model(name: str | Path) -> Opened:
+def open_model(name: str | Path, mesh: Mesh | None = None) -> Opened:
     """Loads a model.
 
     Args:
         name: a run's workdir (its newest checkpoint), one of its checkpoints, a Hugging Face folder, a Hub
             name, or `builtin:tiny`.
+        mesh: over which the weights are to lie; None for one device.
 
     Raises:
         UserError: there is no such checkpoint, or it does not load.
@@ -155,13 +158,18 @@ def open_model(name: str | Path) -> Opened:
         folder = steps[-1]
     if (folder / RUN).is_file():
         described = read_description(folder / "model")
-        params = _load(folder / "params", abstract_params(described.config))
+        cfg = described.config
+        where = param_shardings(cfg, mesh)
+        shapes = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract_params(cfg), where
+        )
+        params = _load(folder / "params", shapes)
         settings = read_json(folder / RUN)["config"]
         return Opened(described, params, folder / "model", settings["export_dtype"], settings)
     source = load_checkpoint(resolve_checkpoint(str(name), field="--checkpoint"))
     tokenizer = load_tokenizer(str(source.folder), where="--checkpoint")
     described = Description(source.config, source.hf_config, source.generation, source.eos_ids, tokenizer)
-    return Opened(described, load_params(source), source.folder, source.dtype, {})
+    return Opened(described, load_params(source, mesh), source.folder, source.dtype, {})
 
 
 def read_description(folder: Path) -> Description:

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from step_grpo.errors import UserError
+from step_grpo.mesh import AXES
 
 
 def data_config(**fields) -> ConfigDict:
@@ -62,6 +63,9 @@ def base_config() -> ConfigDict:
         # which costs memory and saves time; `none`, nothing.
         "remat": "full",
     }
+    # Devices along each axis; one of them may be 0: all that the other two leave. `data` copies the weights,
+    # `fsdp` spreads them, `tensor` spreads the heads and the vocabulary of one row and stays within a host.
+    mesh = {"data": 1, "fsdp": 0, "tensor": 1}
     # The original upload holds each question a hundred times, wrapped in an instruction of its own that
     # asks for another answer format; this copy holds the bare questions, once.
     data = data_config(
@@ -133,8 +137,8 @@ def base_config() -> ConfigDict:
         "old_logprobs": "trainer",  # or `sampler`
         "train_forced_tokens": True,
         "row_length": 18432,  # tokens a packed row
-        "rows": 1,  # packed rows a micro-batch
-        "logprob_chunk": 1024,  # tokens whose logits exist at one time
+        "rows": 0,  # packed rows a micro-batch, a multiple of data x fsdp; 0: one for each of these
+        "logprob_chunk": 1024,  # tokens of a device whose logits exist at one time
     }
     evaluation = {
         "data": data_config(name="HuggingFaceH4/MATH-500", split="test"),
@@ -145,7 +149,7 @@ def base_config() -> ConfigDict:
         "min_p": 0.0,
         "max_response_tokens": 16384,
     }
-    groups = {"model": model, "data": data, "rollout": rollout, "reward": reward, "grpo": grpo}
+    groups = {"model": model, "mesh": mesh, "data": data, "rollout": rollout, "reward": reward, "grpo": grpo}
     return ConfigDict({**run, **groups, "eval": evaluation}).lock()
 
 
@@ -196,7 +200,8 @@ def runlocal(config: ConfigDict, *, model_type: str, tied: bool) -> ConfigDict:
                 "max_probe_tokens": 8,
                 "budget_margin": 4,
             },
-            "grpo": {"prompts_per_update": 1, "row_length": 640, "logprob_chunk": 128},
+            "mesh": {"data": 0, "fsdp": 1, "tensor": 1},
+            "grpo": {"prompts_per_update": 1, "rows": 1, "row_length": 640, "logprob_chunk": 128},
             "eval": {"questions": 4, "max_response_tokens": 48},
         }
     )
@@ -262,6 +267,7 @@ def validate(config: ConfigDict) -> None:
     """
     _check_run(config)
     _check_model(config.model)
+    _at_least(0, config.mesh, "config.mesh", *AXES)
     _check_data(config.data, "config.data")
     _check_data(config.eval.data, "config.eval.data")
     _check_rollout(config.rollout)
@@ -397,7 +403,8 @@ def _check_reward(reward: ConfigDict) -> None:
 
 def _check_grpo(config: ConfigDict) -> None:
     grpo, where = config.grpo, "config.grpo"
-    _at_least(1, grpo, where, "prompts_per_update", "row_length", "rows", "logprob_chunk")
+    _at_least(1, grpo, where, "prompts_per_update", "row_length", "logprob_chunk")
+    _at_least(0, grpo, where, "rows")
     divides = config.prompts_per_step % grpo.prompts_per_update == 0
     right = f"a divisor of config.prompts_per_step, {config.prompts_per_step}"
     _require(divides, f"{where}.prompts_per_update", grpo.prompts_per_update, right)

@@ -6,6 +6,7 @@
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, encode_prompts
 from step_grpo.data.sources import load_questions
 from step_grpo.errors import UserError
-from step_grpo.mesh import make_mesh, replicated, use_all_cores
+from step_grpo.mesh import make_mesh, seen_from, shardings, share_of, use_all_cores
 from step_grpo.model import qwen
 from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description
@@ -37,12 +38,12 @@ def main(config: ConfigDict, checkpoint: str, workdir: Path = Path("workdir")) -
     """Evaluates a checkpoint and writes `completions.jsonl` and `evaluation.json`."""
     validate(config)
     use_all_cores()
-    mesh = make_mesh(config.rollout.lanes)
-    opened = open_model(checkpoint)
+    mesh = make_mesh(config.rollout.lanes, **config.mesh)
+    opened = open_model(checkpoint, mesh)
     described = opened.described
     prompts = evaluation_prompts(described, config)
-    engine = evaluation_engine(described, config, mesh)
-    params = decode_ready(jax.device_put(opened.params, replicated(mesh)), config.model.dtype, mesh)
+    engine = evaluation_engine(described, config, share_of(mesh, jax.process_index()))
+    params = decode_ready(opened.params, described.config, config.model.dtype, mesh)
     with Grader(config.reward.grading_workers, config.reward.grading_deadline) as grader:
         scored = evaluate(described, engine, params, prompts, config, grader, "evaluating")
     figures = summarise(scored)
@@ -95,10 +96,20 @@ def evaluation_engine(described: Description, config: ConfigDict, mesh: Mesh) ->
     )
 
 
-def decode_ready(params: qwen.Params, dtype: str, mesh: Mesh) -> qwen.Params:
-    """The weights as the rollout reads them, on every device; `params` must be on those of `mesh`."""
-    make = jax.jit(qwen.decode_params, static_argnums=1, out_shardings=replicated(mesh))
-    return make(params, dtype)
+def decode_ready(params: qwen.Params, cfg: qwen.QwenConfig, dtype: str, mesh: Mesh) -> qwen.Params:
+    """The weights as this process's rollout reads them: a copy for each of its groups of devices.
+
+    Args:
+        params: on the devices of `mesh`.
+        cfg: architecture.
+        dtype: of the copy.
+        mesh: from `make_mesh`; the result lies on `share_of` it.
+    """
+    shapes = jax.eval_shape(partial(qwen.decode_params, dtype=dtype), params)
+    where = shardings(mesh, qwen.decode_axes(cfg), shapes)
+    ready = jax.jit(qwen.decode_params, static_argnums=1, out_shardings=where)(params, dtype)
+    mine = share_of(mesh, jax.process_index())
+    return jax.tree.map(lambda weight: seen_from(mine, weight), ready)
 
 
 def evaluate(

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -36,10 +37,10 @@ from step_grpo.grpo.advantages import group_advantages
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.settings import GrpoSettings
 from step_grpo.grpo.update import Measurements, TrainBatch, TrainState, Update, adamw, make_update
-from step_grpo.mesh import make_mesh, over_data, replicated, use_all_cores
+from step_grpo.mesh import make_mesh, over_data, row_shares, share_of, use_all_cores
 from step_grpo.metrics import MetricsWriter, read_metrics
 from step_grpo.model import qwen
-from step_grpo.model.attention import XLA, Attention, choose_attention
+from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description, load_model, save_description
 from step_grpo.report import evaluation_table, progress_bar
 from step_grpo.reward import rewards
@@ -59,12 +60,10 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
     use_all_cores()
 
     # ------------------------------------------------------------------ model
-    mesh = make_mesh(config.rollout.lanes, config.grpo.rows)
-    described, params = load_model(config.model, config.seed)
-    reference = jax.device_put(params, replicated(mesh))
-    optimizer = optimizer_of(config.grpo)
-    spread = choose_attention(config.model.attention, mesh, spread_rows=True)
-    update = build_update(described.config, config, optimizer, spread)
+    mesh = make_mesh(config.rollout.lanes, config.grpo.rows, **config.mesh)
+    sampling = share_of(mesh, jax.process_index())
+    described, reference = load_model(config.model, config.seed, mesh)
+    update = build_update(described.config, config, optimizer_of(config.grpo), mesh)
     # The update donates its state, and the reference must outlive it: a copy.
     state = update.init(jax.tree.map(jnp.copy, reference))
     progress, state = checkpoint.restore(workdir, state, config)
@@ -78,7 +77,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
     rollout = build_engine(
         described,
         config.rollout,
-        mesh,
+        sampling,
         config.model.dtype,
         truncate=config.rollout.exit != "none",
         temperature=config.rollout.temperature,
@@ -86,16 +85,16 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
         top_p=config.rollout.top_p,
         min_p=config.rollout.min_p,
         max_response=config.rollout.max_response_tokens,
-        attention=choose_attention(config.model.attention, mesh),
+        attention=choose_attention(config.model.attention, sampling),
     )
-    plain = evaluation_engine(described, config, mesh)
+    plain = evaluation_engine(described, config, sampling)
     workdir.mkdir(parents=True, exist_ok=True)
     run_key = jax.random.fold_in(jax.random.key(config.seed), TRAINING_STREAM)
 
     with Grader(config.reward.grading_workers, config.reward.grading_deadline) as grader:
 
         def measure(params: qwen.Params, name: str) -> dict[str, Any]:
-            ready = decode_ready(params, config.model.dtype, mesh)
+            ready = decode_ready(params, described.config, config.model.dtype, mesh)
             scored = evaluate(described, plain, ready, held_out, config, grader, f"evaluation {name}")
             write_completions(workdir / f"completions_{name}.jsonl", scored)
             return summarise(scored)
@@ -110,10 +109,11 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
             for step in range(progress.step, config.steps):
                 clock = Stopwatch()
                 batch, cursor = take_prompts(questions, progress.cursor, config)
-                ready = decode_ready(state.params, config.model.dtype, mesh)
+                ready = decode_ready(state.params, described.config, config.model.dtype, mesh)
                 completions, stats = rollout(
                     ready, [p.ids for p in batch], config.rollout.samples, jax.random.fold_in(run_key, step)
                 )
+                del ready  # the update needs the room
                 clock.lap("rollout_seconds")
                 scored = score_completions(
                     described.tokenizer, batch, completions, grader, tuple(config.rollout.triggers)
@@ -257,11 +257,10 @@ def optimizer_of(config: ConfigDict) -> Any:
     )
 
 
-def build_update(
-    cfg: qwen.QwenConfig, config: ConfigDict, optimizer: Any, attention: Attention = XLA
-) -> Update:
-    """The jitted functions of the update for a model."""
+def build_update(cfg: qwen.QwenConfig, config: ConfigDict, optimizer: Any, mesh: Mesh) -> Update:
+    """The jitted functions of the update for a model whose weights lie on a mesh."""
     dtype = jnp.dtype(config.model.dtype)
+    attention = choose_attention(config.model.attention, mesh, spread_rows=True)
     settings = GrpoSettings(
         clip_low=config.grpo.clip_low,
         clip_high=config.grpo.clip_high,
@@ -278,6 +277,7 @@ def build_update(
         settings,
         optimizer,
         vocab_axis=0 if cfg.tied else 1,
+        mesh=mesh,
     )
 
 
@@ -301,7 +301,7 @@ def update_policy(
     reference: qwen.Params,
     samples: Sequence[Sample],
     config: ConfigDict,
-    mesh: Any,
+    mesh: Mesh,
 ) -> tuple[TrainState, dict[str, float]]:
     """One pass over a rollout batch: an update for every `prompts_per_update` prompts.
 
@@ -321,7 +321,7 @@ def update_policy(
         return TrainBatch(placed, old, update.logprobs(reference, placed).logprobs)
 
     parts = [samples[i : i + per_update] for i in range(0, len(samples), per_update)]
-    shape = {"row_length": config.grpo.row_length, "rows": config.grpo.rows}
+    shape = {"row_length": config.grpo.row_length, "rows": config.grpo.rows or row_shares(mesh)}
     minibatches = [[compared(packed) for packed in pack(part, **shape)] for part in parts]
     measured: list[Measurements] = []
     for minibatch in minibatches:

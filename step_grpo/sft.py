@@ -25,7 +25,7 @@ from step_grpo.export import write_hf_folder
 from step_grpo.grpo.logprobs import token_logprobs
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.update import adamw
-from step_grpo.mesh import make_mesh, over_data, replicated, use_all_cores
+from step_grpo.mesh import make_mesh, over_data, use_all_cores
 from step_grpo.metrics import MetricsWriter
 from step_grpo.model import qwen
 from step_grpo.model.attention import XLA, Attention, choose_attention
@@ -41,15 +41,14 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/sft")) -> None:
     started = time.monotonic()
     use_all_cores()
     tokenizer = build_tokenizer()
-    described, params = random_model(config.architecture.to_dict(), tokenizer, config.seed)
-    optimizer = make_optimizer(config)
     devices = make_mesh(config.rows)
+    described, params = random_model(config.architecture.to_dict(), tokenizer, config.seed, devices)
+    optimizer = make_optimizer(config)
     attention = choose_attention("auto", devices, spread_rows=True)
     on_batch = partial(
         train_step, described.config, config.dtype, optimizer, attention=attention, remat=config.remat
     )
     step_fn = jax.jit(on_batch, donate_argnums=(0, 1))
-    params = jax.device_put(params, replicated(devices))
     opt_state = jax.jit(optimizer.init)(params)
     batches = corpus_batches(config, tokenizer)
     with (
@@ -107,7 +106,13 @@ def train_step(
     def loss_fn(params):
         tokens = batch.tokens, batch.positions, batch.segment_ids
         hidden = qwen.forward(params, cfg, *tokens, jnp.dtype(dtype), attention, remat)
-        logprobs = token_logprobs(hidden, qwen.head(params), batch.targets).logprobs
+        logprobs = token_logprobs(
+            hidden,
+            params["embed_VD"] if cfg.tied else params["head_DV"],
+            batch.targets,
+            vocab_axis=0 if cfg.tied else 1,
+            mesh=attention.rows_over,
+        ).logprobs
         return -jnp.sum(logprobs * batch.mask) / jnp.maximum(jnp.sum(batch.mask), 1)
 
     loss, grads = jax.value_and_grad(loss_fn)(params)

@@ -13,14 +13,21 @@ Tokens *and* vocabulary are cut, because each cut alone has a price:
 With tiles of 4096 x 4096 both accumulators are touched once in 4096 rows or columns, the products are compute
 bound and the tile is 64 MiB whatever D, V and T. Tokens are cut along T only, so rows that are sharded over
 devices stay where they are.
+
+On a mesh each device works through its own rows and its own part of the vocabulary (`tensor`); what they
+exchange is the width of the head's tile at hand (`fsdp`) and five numbers a token.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from step_grpo.mesh import axis_size, row_shares, spec_of
 
 # Stands for the logit of a column that is not to count. Finite, so that 0 times it is 0.
 _NEVER = -1e30
@@ -42,11 +49,16 @@ class _Tiling(NamedTuple):
     vocab: int
     vocab_axis: int
     temperature: float
+    mesh: Mesh | None
 
     @property
     def head_axes(self) -> str:
         """The axes of the head as einsum writes them."""
         return "vd" if self.vocab_axis == 0 else "dv"
+
+    def over(self, *axes: str) -> tuple[str, ...]:
+        """Those of the mesh's axes along which there are several devices."""
+        return tuple(a for a in axes if self.mesh is not None and axis_size(self.mesh, a) > 1)
 
 
 class _Tile(NamedTuple):
@@ -67,6 +79,7 @@ def token_logprobs(
     chunk: int = 4096,
     vocab_chunk: int = 4096,
     vocab_axis: int = 1,
+    mesh: Mesh | None = None,
 ) -> TokenLogprobs:
     """Log-prob of each target, and the entropy, under `softmax(hidden @ head / temperature)`.
 
@@ -80,18 +93,24 @@ def token_logprobs(
         targets: int [B, T], each in [0, V).
         temperature: above 0; a Python number.
         chunk: tokens (over all B rows) in a tile; at least one position of every row is taken.
-        vocab_chunk: vocabulary entries in a tile. The vocabulary axis is sliced: shard the head along D.
+        vocab_chunk: vocabulary entries in a tile.
         vocab_axis: 1 for a head [D, V]; 0 for [V, D], such as a tied embedding (a transpose is a copy).
+        mesh: over whose devices rows and head lie as `step_grpo.mesh.RULES` says; a chunk is then of the
+            tokens of one device. None: on one device, or wherever the compiler puts them.
 
     Returns:
         TokenLogprobs, f32 [B, T] each.
     """
     rows, length, _ = hidden.shape
+    if mesh is not None:
+        rows //= row_shares(mesh)
+        vocab_chunk = min(vocab_chunk, head.shape[vocab_axis] // axis_size(mesh, "tensor"))
     tiling = _Tiling(
         width=min(length, max(1, chunk // rows)),
         vocab=min(head.shape[vocab_axis], vocab_chunk),
         vocab_axis=vocab_axis,
         temperature=temperature,
+        mesh=mesh if mesh is not None and mesh.size > 1 else None,
     )
     return _tiled(hidden, head, targets, tiling)
 
@@ -105,6 +124,46 @@ def _forward(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, tiling: _Tiling
 ) -> tuple[TokenLogprobs, _Arrays]:
     """The result and what the backward pass needs: its inputs and two numbers a token."""
+    program = _on_each_device(tiling, _forward_on_device, ("hidden", "head", "token"), ("token",) * 3)
+    logprobs, entropy, log_z = program(hidden, head, targets)
+    return TokenLogprobs(logprobs, entropy), (hidden, head, targets, entropy, log_z)
+
+
+def _backward(
+    tiling: _Tiling, residuals: _Arrays, cotangents: TokenLogprobs
+) -> tuple[jax.Array, jax.Array, None]:
+    """Gradients of hidden and head, the tiles computed anew."""
+    program = _on_each_device(
+        tiling, _backward_on_device, ("hidden", "head", *["token"] * 5), ("hidden", "head")
+    )
+    d_hidden, d_head = program(*residuals, *cotangents)
+    return d_hidden, d_head, None
+
+
+_tiled.defvjp(_forward, _backward)
+
+
+def _on_each_device(
+    tiling: _Tiling, function: Callable, inputs: Sequence[str], outputs: Sequence[str]
+) -> Callable:
+    """`function(tiling, *arrays)` run by every device of the mesh on its parts of the arrays."""
+    mesh = tiling.mesh
+    if mesh is None:
+        return partial(function, tiling)
+    head = ("vocab", "embed") if tiling.vocab_axis == 0 else ("embed", "vocab")
+    specs: dict[str, PartitionSpec] = {
+        "hidden": spec_of(mesh, ("rows", None, None)),
+        "head": spec_of(mesh, head),
+        "token": spec_of(mesh, ("rows", None)),
+    }
+    in_specs, out_specs = (tuple(specs[name] for name in names) for names in (inputs, outputs))
+    return jax.shard_map(
+        partial(function, tiling), mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def _forward_on_device(tiling: _Tiling, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> _Arrays:
+    """Log-prob, entropy and log of the normaliser of each token, f32 [B, T]."""
 
     def block(index, out):
         (h, t), start, _ = _cut((hidden, targets), index, tiling.width)
@@ -113,46 +172,67 @@ def _forward(
             return _absorb(stats, _tile(h, head, t, column, tiling))
 
         zeros = jnp.zeros(t.shape, jnp.float32)
-        top, total, weighted, target = lax.fori_loop(
+        stats = lax.fori_loop(
             0,
             _count(head.shape[tiling.vocab_axis], tiling.vocab),
             absorb,
             (zeros + _NEVER, zeros, zeros, zeros),
         )
+        top, total, weighted, target = _joined(stats, tiling)
         log_z = top + jnp.log(total)
         return _put(out, (target - log_z, jnp.log(total) - weighted / total, log_z), start)
 
     empty = jnp.zeros(targets.shape, jnp.float32)
-    out = lax.fori_loop(0, _count(targets.shape[1], tiling.width), block, (empty, empty, empty))
-    logprobs, entropy, log_z = out
-    return TokenLogprobs(logprobs, entropy), (hidden, head, targets, entropy, log_z)
+    return lax.fori_loop(0, _count(targets.shape[1], tiling.width), block, (empty, empty, empty))
 
 
 def _absorb(stats: _Arrays, tile: _Tile) -> _Arrays:
     """Add a tile to the running maximum m, sum of e^(x-m), sum of (x-m)e^(x-m) and logit of the target."""
     top, total, weighted, target = stats
     new_top = jnp.maximum(top, tile.logits.max(-1))
-    shift = top - new_top
-    scale = jnp.exp(shift)
+    total, weighted = _rescaled(total, weighted, top - new_top)
     relative = tile.logits - new_top[..., None]
     weight = jnp.exp(relative)
     return (
         new_top,
-        total * scale + weight.sum(-1),
-        (weighted + total * shift) * scale + (weight * relative).sum(-1),
+        total + weight.sum(-1),
+        weighted + (weight * relative).sum(-1),
         target + jnp.where(tile.is_target, tile.logits, 0.0).sum(-1),
     )
 
 
-def _backward(
-    tiling: _Tiling, residuals: _Arrays, cotangents: TokenLogprobs
-) -> tuple[jax.Array, jax.Array, None]:
-    """Gradients of hidden and head, the tiles computed anew.
+def _rescaled(total: jax.Array, weighted: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two sums of `_absorb` for another maximum, smaller by `shift`."""
+    scale = jnp.exp(shift)
+    return total * scale, (weighted + total * shift) * scale
+
+
+def _joined(stats: _Arrays, tiling: _Tiling) -> _Arrays:
+    """The statistics of `_absorb` of the whole vocabulary from those of each device's part."""
+    over = tiling.over("tensor")
+    if not over:
+        return stats
+    top, total, weighted, target = stats
+    new_top = lax.pmax(top, over)
+    total, weighted = _rescaled(total, weighted, top - new_top)
+    return new_top, *lax.psum((total, weighted, target), over)
+
+
+def _backward_on_device(
+    tiling: _Tiling,
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    entropy: jax.Array,
+    log_z: jax.Array,
+    ct_logprobs: jax.Array,
+    ct_entropy: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of the device's hidden states and of its part of the head.
 
     With p the softmax and H its entropy, d logprob / d logits = onehot - p, d H / d logits = -p (log p + H).
     """
-    hidden, head, targets, entropy, log_z = residuals
-    tokens = (hidden, targets, entropy, log_z, cotangents.logprobs, cotangents.entropy)
+    tokens = (hidden, targets, entropy, log_z, ct_logprobs, ct_entropy)
 
     def block(index, grads):
         (h, t, ent, lz, ct_logprob, ct_entropy), start, fresh = _cut(tokens, index, tiling.width)
@@ -167,32 +247,43 @@ def _backward(
             d_logits = ct_logprob * (tile.is_target - p) - ct_entropy * p * (log_p + ent[..., None])
             d_logits = (d_logits / tiling.temperature).astype(h.dtype)
             d_h += _product(f"btv,{tiling.head_axes}->btd", d_logits, tile.head)
-            d_tile = _product(f"btd,btv->{tiling.head_axes}", h, d_logits)
+            d_tile = _scattered(_product(f"btd,btv->{tiling.head_axes}", h, d_logits), tiling)
             d_tile += lax.dynamic_slice_in_dim(d_head, tile.start, tiling.vocab, tiling.vocab_axis)
             return d_h, lax.dynamic_update_slice_in_dim(d_head, d_tile, tile.start, tiling.vocab_axis)
 
         d_hidden, d_head = grads
         columns = _count(head.shape[tiling.vocab_axis], tiling.vocab)
         d_h, d_head = lax.fori_loop(0, columns, column_block, (jnp.zeros(h.shape, jnp.float32), d_head))
+        d_h = lax.psum(d_h, tiling.over("tensor"))
         d_h += lax.dynamic_slice_in_dim(d_hidden, start, tiling.width, axis=1)
         return _put((d_hidden,), (d_h.astype(h.dtype),), start)[0], d_head
 
     grads = (jnp.zeros(hidden.shape, hidden.dtype), jnp.zeros(head.shape, jnp.float32))
     d_hidden, d_head = lax.fori_loop(0, _count(targets.shape[1], tiling.width), block, grads)
-    return d_hidden, d_head.astype(head.dtype), None
+    return d_hidden, lax.psum(d_head, tiling.over("data")).astype(head.dtype)
 
 
-_tiled.defvjp(_forward, _backward)
+def _scattered(d_tile: jax.Array, tiling: _Tiling) -> jax.Array:
+    """The gradient of the device's part of a tile of the head, of all rows that share the weights' `fsdp`."""
+    over = tiling.over("fsdp")
+    if not over:
+        return d_tile
+    return lax.psum_scatter(d_tile, over, scatter_dimension=1 - tiling.vocab_axis, tiled=True)
 
 
 def _tile(h: jax.Array, head: jax.Array, targets: jax.Array, column: jax.Array, tiling: _Tiling) -> _Tile:
-    """Tile number `column` of the tokens `h` [B, width, D]."""
-    start = jnp.minimum(column * tiling.vocab, head.shape[tiling.vocab_axis] - tiling.vocab)
+    """Tile number `column` of the device's part of the vocabulary, for the tokens `h` [B, width, D]."""
+    size = head.shape[tiling.vocab_axis]
+    start = jnp.minimum(column * tiling.vocab, size - tiling.vocab)
     ids = start + jnp.arange(tiling.vocab)
-    head = lax.dynamic_slice_in_dim(head, start, tiling.vocab, tiling.vocab_axis).astype(h.dtype)
-    logits = _product(f"btd,{tiling.head_axes}->btv", h, head) / tiling.temperature
     fresh = ids >= column * tiling.vocab
-    return _Tile(jnp.where(fresh, logits, _NEVER), fresh & (ids == targets[..., None]), head, start)
+    if over := tiling.over("tensor"):
+        ids += lax.axis_index(over) * size
+    tile = lax.dynamic_slice_in_dim(head, start, tiling.vocab, tiling.vocab_axis).astype(h.dtype)
+    if over := tiling.over("fsdp"):
+        tile = lax.all_gather(tile, over, axis=1 - tiling.vocab_axis, tiled=True)
+    logits = _product(f"btd,{tiling.head_axes}->btv", h, tile) / tiling.temperature
+    return _Tile(jnp.where(fresh, logits, _NEVER), fresh & (ids == targets[..., None]), tile, start)
 
 
 def _product(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:

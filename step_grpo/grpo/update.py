@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from step_grpo.grpo.logprobs import TokenLogprobs, token_logprobs
 from step_grpo.grpo.loss import LossSums, grpo_loss_sums
@@ -69,8 +69,8 @@ class Update(NamedTuple):
         logprobs: (params, packed batch) -> TokenLogprobs of its targets; also for the reference's params.
         accumulate: (params, grads, sums, batch) -> (grads, sums) with the sums of one micro-batch added;
             `grads` and `sums` are donated.
-        apply: (state, grads, sums) -> (state, measurements); `state` is donated. With no trained token the
-            state comes back as it was.
+        apply: (state, grads, sums) -> (state, measurements); all but the sums are donated. With no trained
+            token the state comes back as it was.
     """
 
     init: Callable[[Params], TrainState]
@@ -120,6 +120,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     vocab_axis: int = 1,
+    mesh: Mesh | None = None,
 ) -> Update:
     """Build the functions of the update. Call once a run: what it returns holds the compiled programs.
 
@@ -129,6 +130,7 @@ def make_update(
         settings: of the loss.
         optimizer: such as `adamw()`.
         vocab_axis: 1 where the head is [D, V], 0 where it is [V, D] (a tied embedding).
+        mesh: over which rows and weights lie (see `token_logprobs`); None on one device.
 
     Returns:
         Update.
@@ -144,6 +146,7 @@ def make_update(
             chunk=settings.logprob_chunk,
             vocab_chunk=settings.logprob_vocab_chunk,
             vocab_axis=vocab_axis,
+            mesh=mesh,
         )
 
     def loss_sum(params: Params, batch: TrainBatch) -> tuple[jax.Array, LossSums]:
@@ -177,7 +180,7 @@ def make_update(
         start=_zeros,
         logprobs=jax.jit(logprobs),
         accumulate=jax.jit(accumulate, donate_argnums=(1, 2)),
-        apply=jax.jit(apply, donate_argnums=(0,)),
+        apply=jax.jit(apply, donate_argnums=(0, 1)),
     )
 
 

@@ -6,13 +6,17 @@ what the host has: a program for a TPU is lowered on any machine by asking for i
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from step_grpo.errors import UserError
+from step_grpo.mesh import axis_size, is_axes, spec_of
 from step_grpo.model.cache import LayerCache, stored_token, write_token
 from step_grpo.model.tpu_kernels import ragged_decode_attention, write_token_in_place
 
@@ -27,13 +31,15 @@ class Attention:
     Attributes:
         kind: `xla` runs everywhere; `pallas` are kernels for TPU; `cudnn` is for NVIDIA GPUs.
         interpret: the Pallas kernels run on any platform, slowly.
-        rows_over: the mesh over whose `data` axis the compiler spreads the rows of whole sequences. None
-            where each device runs a program of its own, as in `shard_map`.
+        rows_over: the mesh over which the compiler spreads the rows of whole sequences, and their heads.
+            None where each device has rows of its own, as in `shard_map`.
+        heads_over: the mesh over whose `tensor` axis the compiler spreads the heads of such own rows.
     """
 
     kind: str = "xla"
     interpret: bool = False
     rows_over: Mesh | None = None
+    heads_over: Mesh | None = None
 
     @property
     def keys_as_columns(self) -> bool:
@@ -50,7 +56,8 @@ def choose_attention(setting: str, mesh: Mesh, *, spread_rows: bool = False) -> 
     Args:
         setting: `config.model.attention`.
         mesh: of the devices that will run the program; they may be those of a topology that is not here.
-        spread_rows: the program is one for all devices, its rows spread by the compiler.
+        spread_rows: the program is one for all devices, its rows spread by the compiler; else it runs in a
+            `shard_map` over the rows.
 
     Raises:
         UserError: the devices cannot run what the setting names.
@@ -64,7 +71,9 @@ def choose_attention(setting: str, mesh: Mesh, *, spread_rows: bool = False) -> 
             "it must be 'auto' or 'xla'"
         )
     interpret = kind == "pallas" and platform == "cpu"
-    return Attention(kind, interpret, mesh if spread_rows else None)
+    if spread_rows:
+        return Attention(kind, interpret, rows_over=mesh)
+    return Attention(kind, interpret, heads_over=mesh if axis_size(mesh, "tensor") > 1 else None)
 
 
 def cudnn_applies(q_BTNH: jax.Array, *, masked: bool) -> bool:
@@ -103,16 +112,46 @@ def full_attention(
         `[B, T, N, H]` in the dtype of the queries.
     """
     implementation = {"xla": _full_xla, "pallas": _full_splash, "cudnn": _full_cudnn}[attention.kind]
-    mesh = attention.rows_over
-    if attention.kind == "xla" or mesh is None or mesh.size == 1:
-        return implementation(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    rows = PartitionSpec("data")  # the compiler cannot take a kernel apart
 
     def of_a_device(q, k, v, segments):
         return implementation(attention, q, k, v, segments)
 
-    program = jax.shard_map(of_a_device, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows, check_vma=False)
+    q, kv = ("rows", None, "heads", None), ("rows", None, "kv_heads", None)
+    axes = (q, kv, kv, None if segments_BT is None else ("rows", None))
+    kv_heads = k_BTKH.shape[2]
+    program = _on_each_device(attention, of_a_device, kv_heads, axes, q)
     return program(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def _on_each_device(
+    attention: Attention, function: Callable, kv_heads: int, in_axes: Sequence[Any], out_axes: Any
+) -> Callable:
+    """`function` run by every device on its rows and heads, for the compiler cannot take a kernel apart.
+
+    Args:
+        attention: its `kind` says whether there is a kernel.
+        function: of arrays.
+        kv_heads: where they do not spread over the devices, each computes all heads.
+        in_axes: a tree of tuples of logical axes (`mesh.RULES`) for every argument; None for one without
+            arrays.
+        out_axes: of the result, likewise.
+    """
+    mesh = attention.rows_over or attention.heads_over
+    if attention.kind == "xla" or mesh is None or mesh.size == 1:
+        return function
+    whole = {"rows"} if attention.rows_over is None else set()
+    if kv_heads % axis_size(mesh, "tensor"):
+        whole |= {"heads", "kv_heads"}
+
+    def specs(axes):
+        return spec_of(mesh, [None if name in whole else name for name in axes])
+
+    in_specs, out_specs = (jax.tree.map(specs, axes, is_leaf=is_axes) for axes in (tuple(in_axes), out_axes))
+    if attention.rows_over is None:  # in a shard_map over the rows already
+        return jax.shard_map(
+            function, in_specs=in_specs, out_specs=out_specs, axis_names={"tensor"}, check_vma=False
+        )
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _same_segment(segments_BT: jax.Array) -> jax.Array:
@@ -202,13 +241,25 @@ def decode_attention(
     Returns:
         `[B, N, H]` in the dtype of the queries, and the cache.
     """
-    if attention.kind == "pallas":
-        return _decode_pallas(attention, q_BNH, k_BKH, v_BKH, cache, length_B)
+    q, kv = ("rows", "heads", None), ("rows", "kv_heads", None)
+    held = jax.tree.map(lambda x: ("rows", "kv_heads", *[None] * (x.ndim - 2)), cache)
+    implementation = {"xla": _decode_xla, "pallas": _decode_pallas, "cudnn": _decode_cudnn}[attention.kind]
+    axes = (q, kv, kv, held, ("rows",))
+    program = _on_each_device(attention, partial(implementation, attention), k_BKH.shape[1], axes, (q, held))
+    return program(q_BNH, k_BKH, v_BKH, cache, length_B)
+
+
+def _decode_xla(attention, q_BNH, k_BKH, v_BKH, cache, length_B):
     cache = write_token(cache, k_BKH, v_BKH, length_B)
-    if attention.kind == "cudnn" and cache.k_scale is None and cudnn_applies(q_BNH[:, None], masked=False):
-        return _decode_cudnn(q_BNH, cache, length_B + 1), cache
     mask_B1S = (jnp.arange(cache.capacity) <= length_B[:, None])[:, None]
     return attend(q_BNH[:, None], cache, mask_B1S)[:, 0], cache
+
+
+def _decode_cudnn(attention, q_BNH, k_BKH, v_BKH, cache, length_B):
+    if cache.k_scale is not None or not cudnn_applies(q_BNH[:, None], masked=False):
+        return _decode_xla(attention, q_BNH, k_BKH, v_BKH, cache, length_B)
+    cache = write_token(cache, k_BKH, v_BKH, length_B)
+    return _attend_cudnn(q_BNH, cache, length_B + 1), cache
 
 
 def _decode_pallas(attention, q_BNH, k_BKH, v_BKH, cache, length_B):
@@ -223,7 +274,7 @@ def _decode_pallas(attention, q_BNH, k_BKH, v_BKH, cache, length_B):
     return out, cache
 
 
-def _decode_cudnn(q_BNH: jax.Array, cache: LayerCache, length_B: jax.Array) -> jax.Array:
+def _attend_cudnn(q_BNH: jax.Array, cache: LayerCache, length_B: jax.Array) -> jax.Array:
     """The heads of keys go to the batch, and the query heads that share one become its `T`.
 
     So the cache keeps its layout, where `[B, S, K, H]` would be a copy of it.

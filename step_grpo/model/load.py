@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from step_grpo.data.prompts import load_tokenizer
@@ -31,12 +32,13 @@ class Description:
     tokenizer: Any
 
 
-def load_model(config: ConfigDict, seed: int) -> tuple[Description, Params]:
+def load_model(config: ConfigDict, seed: int, mesh: Mesh | None = None) -> tuple[Description, Params]:
     """Loads `config.model`: a checkpoint, or random weights of a given architecture.
 
     Args:
         config: the `model` part of a config.
         seed: of the random weights.
+        mesh: over which the weights are to lie; None for one device.
 
     Raises:
         UserError: the checkpoint or the tokenizer does not load, or they do not fit each other.
@@ -48,13 +50,15 @@ def load_model(config: ConfigDict, seed: int) -> tuple[Description, Params]:
             checkpoint.config, checkpoint.hf_config, checkpoint.generation, checkpoint.eos_ids, tokenizer
         )
         check_vocabulary(described)
-        return described, load_params(checkpoint)
-    return random_model(config.architecture.to_dict(), load_tokenizer(config.tokenizer), seed)
+        return described, load_params(checkpoint, mesh)
+    return random_model(config.architecture.to_dict(), load_tokenizer(config.tokenizer), seed, mesh)
 
 
-def random_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> tuple[Description, Params]:
+def random_model(
+    architecture: dict[str, Any], tokenizer: Any, seed: int, mesh: Mesh | None = None
+) -> tuple[Description, Params]:
     """Random weights around a tokenizer, which says where texts end."""
-    hf_config, params = random_checkpoint(architecture, seed)
+    hf_config, params = random_checkpoint(architecture, seed, mesh)
     ids = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     eos_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
     hf_config = {**hf_config, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

@@ -12,15 +12,17 @@ Qwen2 (and so R1-Distill-Qwen) has a bias on queries, keys and values.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from step_grpo.errors import UserError
+from step_grpo.mesh import constrain, is_axes
 from step_grpo.model.attention import XLA, Attention, decode_attention, full_attention
 from step_grpo.model.cache import Cache, LayerCache
 
@@ -171,13 +173,33 @@ def abstract_params(cfg: QwenConfig) -> Params:
     return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Qwen(cfg, nnx.Rngs(params=0))), nnx.Param))
 
 
+@lru_cache
 def logical_axes(cfg: QwenConfig) -> Params:
-    """The tree of logical axis names of the weights, a tuple a weight."""
+    """The tree of logical axis names of the weights, a tuple a weight; read it, never write to it."""
     state = nnx.state(nnx.eval_shape(lambda: Qwen(cfg, nnx.Rngs(params=0))), nnx.Param)
     axes = jax.tree.map(
         lambda weight: weight.get_metadata("axes"), state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
     )
     return nnx.to_pure_dict(axes)
+
+
+def decode_axes(cfg: QwenConfig) -> Params:
+    """The tree of logical axis names of what `decode_params` makes.
+
+    `embed` is not among them: weights that every token reads are spread over as few devices as hold them.
+    """
+    axes = _gathered(logical_axes(cfg))
+    layer = {name: names[1:] for name, names in axes["layers"].items()}
+    return {**axes, "layers": (layer,) * cfg.layers}
+
+
+def _gathered(axes: Params) -> Params:
+    """The logical axes without those over which weights are only stored apart."""
+    return jax.tree.map(
+        lambda names: tuple(None if name == "embed" else name for name in names),
+        axes,
+        is_leaf=is_axes,
+    )
 
 
 def decode_params(params: Params, dtype) -> Params:
@@ -217,18 +239,32 @@ def forward(
     is kept of them for the backward pass is one of `REMAT`.
     """
     rope = rope_table(positions_BT, cfg)
+    mesh = attention.rows_over
+    axes = {name: names[1:] for name, names in _gathered(logical_axes(cfg))["layers"].items()}
 
     def within_segments(q_BTNH, k_BTKH, v_BTKH):
         return full_attention(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT), None
 
     @REMAT[remat]
     def body(x_BTD, weights):
-        weights = jax.tree.map(lambda w: w.astype(dtype), weights)
-        return layer(cfg, weights, x_BTD, rope, within_segments)
+        weights = {name: constrain(mesh, w.astype(dtype), *axes[name]) for name, w in weights.items()}
+        x_BTD, _ = layer(cfg, weights, x_BTD, rope, within_segments)
+        return constrain(mesh, x_BTD, "rows", None, None), None
 
-    x_BTD = params["embed_VD"][tokens_BT].astype(dtype)
+    x_BTD = embed(params["embed_VD"], tokens_BT, dtype, mesh)
     x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"])
     return rms_norm(x_BTD, params["final_norm_D"].astype(dtype), cfg.rms_eps)
+
+
+def embed(embed_VD: jax.Array, tokens_BT: jax.Array, dtype, mesh: Mesh | None) -> jax.Array:
+    """Rows of the embedding, `[B, T, D]`, whose table is never gathered.
+
+    Each device looks up its part of `D` for the rows of all that share the rest of it; then they exchange
+    parts for rows, which is less than the table.
+    """
+    tokens_BT = constrain(mesh, tokens_BT, "copies", None)
+    x_BTD = constrain(mesh, embed_VD[tokens_BT].astype(dtype), "copies", None, "embed")
+    return constrain(mesh, x_BTD, "rows", None, None)
 
 
 def prefill(params: Params, cfg: QwenConfig, tokens_BT: jax.Array, attention: Attention = XLA) -> Cache:

@@ -19,13 +19,22 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import step_grpo
 from step_grpo.errors import UserError
 from step_grpo.hub import offline
-from step_grpo.model.qwen import Params, QwenConfig, abstract_params, config_from_hf, init_params
+from step_grpo.mesh import shardings
+from step_grpo.model.qwen import (
+    Params,
+    QwenConfig,
+    abstract_params,
+    config_from_hf,
+    init_params,
+    logical_axes,
+)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -139,17 +148,19 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     )
 
 
-def load_params(checkpoint: Checkpoint, *, place: Callable[[np.ndarray], jax.Array] = jnp.asarray) -> Params:
-    """Reads the weights as float32, at most one weight (all its layers) and one tensor on the host at a time.
+def load_params(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Params:
+    """Reads the weights as float32, one tensor of the file on the host at a time.
 
     Args:
         checkpoint: from `load_checkpoint`.
-        place: puts one finished host array onto its device; it may keep the array, nobody else does.
+        mesh: over which the weights are to lie, as `step_grpo.mesh.RULES` says, straight from the file; None
+            for one device.
 
     Returns:
         The tree of `step_grpo.model.qwen.abstract_params`.
     """
     cfg = checkpoint.config
+    where = param_shardings(cfg, mesh)
     params: Params = {"layers": {}}
     with contextlib.ExitStack() as stack:
         handles = {path: stack.enter_context(_open(path)) for path in set(checkpoint.files.values())}
@@ -158,10 +169,21 @@ def load_params(checkpoint: Checkpoint, *, place: Callable[[np.ndarray], jax.Arr
             return handles[checkpoint.files[name]].get_tensor(name)
 
         for rule in _rules(cfg):
-            branch = params["layers"] if _is_stacked(rule) else params
-            # waiting frees the host array before the next one is made
-            branch[rule.ours] = jax.block_until_ready(place(_host_weight(rule, cfg, read)))
+            if _is_stacked(rule):
+                sharding = where["layers"][rule.ours]
+                params["layers"][rule.ours] = _stacked_weight(rule, cfg, read, sharding)
+            else:
+                params[rule.ours] = _placed(_host_tensor(rule, cfg, read), where[rule.ours])
     return params
+
+
+def param_shardings(cfg: QwenConfig, mesh: Mesh | None) -> Params:
+    """Where each weight lies: by its logical axes on a mesh, on the first device without one."""
+    shapes = abstract_params(cfg)
+    if mesh is None:
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda _: one, shapes)
+    return shardings(mesh, logical_axes(cfg), shapes)
 
 
 def save_params(
@@ -212,12 +234,15 @@ def save_params(
         (folder / WEIGHTS).unlink(missing_ok=True)  # readers prefer it to the index
 
 
-def random_checkpoint(architecture: dict[str, Any], seed: int) -> tuple[dict[str, Any], Params]:
+def random_checkpoint(
+    architecture: dict[str, Any], seed: int, mesh: Mesh | None = None
+) -> tuple[dict[str, Any], Params]:
     """Random weights for a partial `config.json`; transformers' own defaults complete it.
 
     Args:
         architecture: fields of a Hugging Face config, `model_type` among them.
         seed: of the initialiser.
+        mesh: over which the weights are to lie; None for one device.
 
     Returns:
         The complete contents of `config.json`, and the float32 weights.
@@ -238,7 +263,8 @@ def random_checkpoint(architecture: dict[str, Any], seed: int) -> tuple[dict[str
         hf_config = AutoConfig.for_model(kind, **fields).to_diff_dict()
     except Exception as error:  # transformers' validators raise types of their own
         raise UserError(f"config.model.architecture: {_one_line(error)}") from None
-    return hf_config, init_params(config_from_hf(hf_config), seed)
+    cfg = config_from_hf(hf_config)
+    return hf_config, jax.jit(partial(init_params, cfg, seed), out_shardings=param_shardings(cfg, mesh))()
 
 
 def plan_shards(nbytes: dict[str, int], limit: int) -> list[list[str]]:
@@ -429,15 +455,46 @@ def _from_file(tensor: np.ndarray, rule: Rule, sizes: dict[str, int]) -> np.ndar
     return apart.transpose([letters.index(letter) for letter in _our_axes(rule)])
 
 
-def _host_weight(rule: Rule, cfg: QwenConfig, read: Callable[[str], np.ndarray]) -> np.ndarray:
-    """One weight of ours in float32, filled layer by layer where it is stacked."""
-    sizes = _axis_sizes(cfg)
-    if not _is_stacked(rule):
-        return np.ascontiguousarray(_from_file(read(rule.hf), rule, sizes), np.float32)
-    weight = np.empty((cfg.layers, *(sizes[letter] for letter in _our_axes(rule))), np.float32)
+def _host_tensor(
+    rule: Rule, cfg: QwenConfig, read: Callable[[str], np.ndarray], layer: int = 0
+) -> np.ndarray:
+    """One tensor of the file in float32, with our axes."""
+    tensor = _from_file(read(rule.hf.format(layer)), rule, _axis_sizes(cfg))
+    return np.ascontiguousarray(tensor, np.float32)
+
+
+def _placed(tensor: np.ndarray, sharding: Sharding) -> jax.Array:
+    """The tensor on its devices, of which this process fills its own; the host array is free afterwards."""
+    return jax.block_until_ready(
+        jax.make_array_from_callback(tensor.shape, sharding, lambda part: tensor[part])
+    )
+
+
+def _stacked_weight(
+    rule: Rule, cfg: QwenConfig, read: Callable[[str], np.ndarray], sharding: Sharding
+) -> jax.Array:
+    """The tensors of all layers, stacked where they lie: each goes to its devices before the next is read."""
+    weight = None
     for layer in range(cfg.layers):
-        weight[layer] = _from_file(read(rule.hf.format(layer)), rule, sizes)
+        tensor = _host_tensor(rule, cfg, read, layer)
+        if weight is None:
+            weight = jnp.zeros((cfg.layers, *tensor.shape), jnp.float32, device=sharding)
+        weight = _with_layer(weight, _placed(tensor, _without_layers(sharding)), layer)
+    assert weight is not None
     return weight
+
+
+@partial(jax.jit, donate_argnums=0)
+def _with_layer(weight: jax.Array, tensor: jax.Array, layer: int) -> jax.Array:
+    """A stacked weight with one of its layers replaced; one compiled program serves every layer."""
+    return jax.lax.dynamic_update_index_in_dim(weight, tensor, layer, 0)
+
+
+def _without_layers(sharding: Sharding) -> Sharding:
+    """Of one layer of a stacked weight."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
 
 
 @partial(jax.jit, static_argnames="dtype")

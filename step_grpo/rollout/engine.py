@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from step_grpo.data.prompts import think_end_id
 from step_grpo.errors import UserError
-from step_grpo.mesh import replicated
+from step_grpo.mesh import axis_size, replicated
 from step_grpo.model import qwen
 from step_grpo.model.attention import XLA, Attention
 from step_grpo.model.load import Description
@@ -143,7 +143,8 @@ class RolloutEngine:
                 as the devices' free memory holds at the first call.
             max_prompt: tokens of the longest prompt.
             dtype: of the cache; int8 is quantised.
-            mesh: with one axis, `data`.
+            mesh: from `share_of`, or with `data` alone. What is said of a device holds for each part of
+                `data`; its `tensor` devices work on the same lanes.
             judge_params: of the second model that the machine's exit policy asks, on every device.
             attention: the implementation.
         """
@@ -156,6 +157,11 @@ class RolloutEngine:
     def capacity(self) -> int:
         """Tokens that fit into a lane's full cache: prompt, response, and a check behind them."""
         return self.max_prompt + self.machine.max_response + self.machine.check_room
+
+    @property
+    def _groups(self) -> int:
+        """Groups of devices with lanes of their own."""
+        return axis_size(self.mesh, "data")
 
     @property
     def _has_annex(self) -> bool:
@@ -171,8 +177,8 @@ class RolloutEngine:
         """
         if self._programs is None:
             lanes = self.lanes or self._lanes_that_fit(completions)
-            ladder = make_ladder(lanes, self.capacity, self.max_prompt, self.mesh.size, annex=self._has_annex)
-            rows = max(1, lanes // self.mesh.size // REFILL_SHARE)
+            ladder = make_ladder(lanes, self.capacity, self.max_prompt, self._groups, annex=self._has_annex)
+            rows = max(1, lanes // self._groups // REFILL_SHARE)
             self._programs = Programs(
                 self.cfg,
                 self.machine,
@@ -188,10 +194,11 @@ class RolloutEngine:
         return self._programs
 
     def _lanes_that_fit(self, completions: int) -> int:
-        wanted = round_up(completions, self.mesh.size) // self.mesh.size
-        lane = lane_bytes(self.cfg, self.machine, self.vocab, self.capacity, self.dtype)
-        free = [free_bytes(d) for d in self.mesh.local_devices]
-        return self.mesh.size * lanes_that_fit(free, lane, wanted, annex=self._has_annex)
+        wanted = round_up(completions, self._groups) // self._groups
+        spread = axis_size(self.mesh, "tensor")
+        lane = lane_bytes(self.cfg, self.machine, self.vocab, self.capacity, self.dtype, spread)
+        free = [free_bytes(d) for d in self.mesh.devices.flat]
+        return self._groups * lanes_that_fit(free, lane, wanted, annex=self._has_annex)
 
     def __call__(
         self,
@@ -221,12 +228,13 @@ class RolloutEngine:
         """
         check_prompts(prompts, self.max_prompt)
         stats, started = RolloutStats(), time.monotonic()
-        params = jax.device_put(params, replicated(self.mesh))  # nothing happens where it lies there already
         programs = self.compile(params, len(prompts) * samples)
         stats.compile_seconds = time.monotonic() - started
         run_key = jax.device_put(run_key, replicated(self.mesh))
         limits = limits or [self.machine.max_response] * (len(prompts) * samples)
-        work = _Work(programs, prompts, samples, limits, self.mesh.size, stats)
+        # Devices that share lanes exchange parts at every step: all must take as many.
+        in_step = axis_size(self.mesh, "tensor") > 1
+        work = _Work(programs, prompts, samples, limits, self._groups, in_step, stats)
         finished: list[Completion] = []
         while len(finished) < len(prompts) * samples:
             work.fill(params)
@@ -248,6 +256,7 @@ class _Work:
     samples: int
     limits: Sequence[int]
     devices: int
+    in_step: bool  # no device ends a segment before the others
     stats: RolloutStats
     ready: list[Ready] = field(default_factory=list)
     finished: int = 0
@@ -453,6 +462,8 @@ class _Work:
         started = time.monotonic()
         burst = 4 * max(1, pool.lanes // REFILL_SHARE)
         stop = [max(n - burst, 0) if self.pending else 0 for n in pool.live()]
+        if self.in_step:
+            stop = [-1] * self.devices
         pool.state, taken = self.programs.segment(
             params, run_key, pool.state, np.int32(steps), np.array(stop, np.int32)
         )
@@ -545,12 +556,21 @@ def free_bytes(device: jax.Device) -> int | None:
     return memory["bytes_limit"] - memory["bytes_in_use"]
 
 
-def lane_bytes(cfg: qwen.QwenConfig, machine: Machine, vocab: Vocabulary, capacity: int, dtype: Any) -> int:
-    """Memory of one lane with a full cache, float32 logits of a few copies included."""
+def lane_bytes(
+    cfg: qwen.QwenConfig, machine: Machine, vocab: Vocabulary, capacity: int, dtype: Any, spread: int = 1
+) -> int:
+    """Memory of one lane with a full cache on each of the `spread` devices that share it.
+
+    Float32 logits of a few copies are included.
+    """
     back = reach(vocab.triggers)
     state = jax.eval_shape(lambda: decode.empty_state(cfg, machine, 1, capacity, dtype, back))
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return held + 4 * 4 * cfg.vocab_size
+
+    def size(tree):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    caches = size((state.cache, state.judge_cache))
+    return size(state) - caches + (caches + 4 * 4 * cfg.vocab_size) // spread
 
 
 def lanes_that_fit(free: Sequence[int | None], lane: int, wanted: int, *, annex: bool) -> int:
@@ -597,7 +617,7 @@ def build_engine(
     Args:
         described: the model but its weights.
         config: the `rollout` part of a config.
-        mesh: with one axis, `data`.
+        mesh: from `share_of`, or with `data` alone.
         dtype: of the compute.
         truncate: False for plain sampling whatever `config.exit` says.
         temperature: of the sampling, as are the next three.

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from step_grpo.mesh import over_data, replicated
+from step_grpo.mesh import axis_size, over_data, replicated, spec_of
 from step_grpo.model import qwen
 from step_grpo.model.attention import XLA, Attention
+from step_grpo.model.cache import LayerCache
 from step_grpo.rollout import decode
 from step_grpo.rollout.decode import Prefilled, RolloutState
 from step_grpo.rollout.phases import Machine
@@ -130,12 +131,13 @@ class Programs:
             cfg: architecture.
             machine: settings of the rollout.
             vocab: token tables.
-            params: `qwen.decode_params`, on every device.
+            params: `qwen.decode_params`, a copy for every part of `data`.
             judge_params: of the second model that checks ask, on every device.
             ladder: shapes.
             rows: prompts that a device prefills at a time.
             dtype: of the cache.
-            mesh: with one axis, `data`.
+            mesh: with `data`, over which the lanes are spread, and perhaps `tensor`, over which the compiler
+                spreads their heads and the vocabulary. A "device" of the other arguments is a part of `data`.
             attention: the implementation.
         """
         self.ladder, self.rows, self._mesh, self._vocab = ladder, rows, mesh, vocab
@@ -144,6 +146,7 @@ class Programs:
         self._make_state = partial(
             decode.empty_state, cfg, machine, dtype=dtype, reach=reach(vocab.triggers), attention=attention
         )
+        self._prefill = partial(decode.prefill, cfg, machine.judge, attention=attention)
         with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
             planned = self._plan(params)
             made = pool.map(lambda lowered: lowered().compile(), planned.values())
@@ -198,7 +201,7 @@ class Programs:
 
     def _plan(self, params: qwen.Params) -> dict[Hashable, Callable[[], Any]]:
         """Every program by its key, each ready to be lowered."""
-        n = self._mesh.size
+        n = axis_size(self._mesh, "data")
         judge_params = self._judge_params
         local, all_ = PartitionSpec("data"), PartitionSpec()
         cfg, machine = self._cfg, self._machine
@@ -214,12 +217,8 @@ class Programs:
         for width in self.ladder.widths:
             prompts = self._abstract((n * self.rows, width), jnp.int32)
             lengths = self._abstract((n * self.rows,), jnp.int32)
-            plan["prefill", width] = self._lower(
-                partial(decode.prefill, cfg, machine.judge, attention=self._attention),
-                (params, judge_params, prompts, lengths),
-                (all_, all_, local, local),
-                local,
-            )
+            prefill = params, judge_params, prompts, lengths
+            plan["prefill", width] = self._lower(self._prefill, prefill, (all_, all_, local, local), local)
         segment = partial(decode.decode_segment, cfg, machine, attention=self._attention)
         for shape in [*self.ladder.shapes, *annex]:
             state = self._state(shape)
@@ -265,27 +264,56 @@ class Programs:
                 plan["pack", shape] = self._lower(decode.pack, arguments, (local, local), local)
         return plan
 
-    def _lower(self, function, arguments, in_specs, out_specs, donate=()):
-        sharded = jax.shard_map(
-            function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    def _on_each_device(self, function, in_specs, out_specs):
+        """Each part of `data` for itself; `tensor`, if there is one, is left to the compiler."""
+        spread = axis_size(self._mesh, "tensor") > 1
+        return jax.shard_map(
+            function,
+            mesh=self._mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names={"data"} if spread else set(self._mesh.axis_names),
+            check_vma=False,
         )
+
+    def _lower(self, function, arguments, in_specs, out_specs, donate=()):
+        sharded = self._on_each_device(function, in_specs, out_specs)
         # Said of outputs too: an array of size 0 would else lose its sharding, and its next reader refuse it.
-        program = jax.jit(sharded, donate_argnums=donate, out_shardings=self._here)
+        where = self._where(jax.eval_shape(sharded, *arguments))
+        program = jax.jit(sharded, donate_argnums=donate, out_shardings=where)
         return lambda: program.lower(*arguments)
+
+    def _where(self, tree: Any) -> Any:
+        """Where every array of a tree lies: over `data`, and the heads of a cache over `tensor` too."""
+
+        def of_cache(array):
+            heads = "kv_heads" if array.shape[1] % axis_size(self._mesh, "tensor") == 0 else None
+            return NamedSharding(self._mesh, spec_of(self._mesh, ["rows", heads]))
+
+        def where(part):
+            return jax.tree.map(of_cache, part) if isinstance(part, LayerCache) else self._here
+
+        return jax.tree.map(where, tree, is_leaf=lambda part: isinstance(part, LayerCache))
+
+    def _placed(self, tree: Any) -> Any:
+        """The shapes of a tree, with where its arrays lie."""
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, self._where(tree)
+        )
 
     def _abstract(self, shape, dtype, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self._here)
 
     def _state(self, shape: Shape) -> RolloutState:
         make = partial(self._make_state, lanes=shape.lanes, capacity=shape.capacity)
-        return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(make))
+        return self._placed(jax.eval_shape(make))
 
     def _prefilled(self, params: qwen.Params, width: int) -> Prefilled:
-        rows = self._mesh.size * self.rows
+        rows = axis_size(self._mesh, "data") * self.rows
         tokens, lengths = self._abstract((rows, width), jnp.int32), self._abstract((rows,), jnp.int32)
-        prefill = partial(decode.prefill, self._cfg, self._machine.judge, attention=self._attention)
-        made = jax.eval_shape(prefill, params, self._judge_params, tokens, lengths)
-        return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), made)
+        local, all_ = PartitionSpec("data"), PartitionSpec()
+        prefill = self._on_each_device(self._prefill, (all_, all_, local, local), local)
+        return self._placed(jax.eval_shape(prefill, params, self._judge_params, tokens, lengths))
 
 
 def shape_of(state: RolloutState) -> Shape:

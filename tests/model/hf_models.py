@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from step_grpo.model.qwen import forward, unembed
 
-VOCAB = 101
+VOCAB = 102
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<think>"
 SMALL = {
     "vocab_size": VOCAB,

@@ -385,6 +385,8 @@ class Device:
 
 
 class Devices:
+    shape: dict[str, int] = {}  # noqa: RUF012
+
     def __init__(self, platform):
         self.devices = np.array([Device(platform)])
 

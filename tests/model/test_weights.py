@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from step_grpo.errors import UserError
+from step_grpo.mesh import make_mesh
 from step_grpo.model import weights
 from step_grpo.model.qwen import abstract_params, config_from_hf, init_params
 from step_grpo.model.weights import (
@@ -74,18 +75,35 @@ def test_rules_cover_every_weight_and_tensor_once(tmp_path, family):
     assert len({rule.ours for rule in RULES}) == len({rule.hf for rule in RULES}) == len(RULES)
 
 
-def test_at_most_one_weight_is_on_the_host(folder):
-    """The arrays of earlier weights are gone when the next is finished."""
-    alive = []
+def test_at_most_one_tensor_is_on_the_host(folder, monkeypatch):
+    """The arrays of earlier tensors are gone when the next one is read."""
+    alive, placed = [], weights._placed
 
-    def place(array):
+    def place(array, sharding):
         assert array.dtype == np.float32 and array.flags.c_contiguous
         assert all(ref() is None for ref in alive)
         alive.append(weakref.ref(array))
-        return array.copy()
+        return placed(array.copy(), sharding)
 
-    load_params(load_checkpoint(folder), place=place)
-    assert len(alive) > 10
+    monkeypatch.setattr(weights, "_placed", place)
+    checkpoint = load_checkpoint(folder)
+    load_params(checkpoint)
+    assert len(alive) == 2 + 11 * checkpoint.config.layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_lie_in_their_shards_and_are_the_same(tmp_path, family):
+    checkpoint = load_checkpoint(hf_models.write_checkpoint(tmp_path, family))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    whole, spread = load_params(checkpoint), load_params(checkpoint, mesh)
+    jax.tree.map(np.testing.assert_array_equal, whole, spread)
+    assert {str(w.sharding.spec) for w in jax.tree.leaves(spread)} > {
+        "PartitionSpec('tensor', 'fsdp')",
+        "PartitionSpec(None, 'fsdp', 'tensor', None)",
+        "PartitionSpec(None, 'tensor', None, 'fsdp')",
+    }
+    wq = spread["layers"]["wq_DNH"]
+    assert wq.addressable_shards[0].data.size * 4 == wq.size
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
