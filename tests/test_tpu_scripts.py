@@ -1,5 +1,6 @@
-"""The scripts of `tpu/`, run against a `gcloud` whose hosts are folders and whose slice does as the test says."""
+"""The scripts of `tpu/`, run against a `gcloud` whose hosts are folders."""
 
+import contextlib
 import json
 import os
 import re
@@ -85,7 +86,7 @@ elif "ssh" in words:
         sys.exit(255)
     chosen = hosts if flags["--worker"] == "all" else [hosts[int(flags["--worker"])]]
     codes = [
-        subprocess.run(["bash", "-c", flags["--command"]], cwd=host, env={**os.environ, "HOME": host}).returncode
+        subprocess.call(["bash", "-c", flags["--command"]], cwd=host, env={**os.environ, "HOME": host})
         for host in chosen
     ]
     sys.exit(max(codes))
@@ -144,6 +145,7 @@ class Cloud:
             capture_output=True,
             text=True,
             timeout=60,
+            check=False,
             stdin=subprocess.DEVNULL,
         )
         assert done.returncode == code, done.stdout + done.stderr
@@ -165,10 +167,8 @@ class Cloud:
 
     def stop(self) -> None:
         for path in self.folder.glob("host*/step_grpo_run/pid"):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(path.read_text()), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
 
 @pytest.fixture
@@ -410,6 +410,13 @@ def test_gke_runs_the_line_in_a_shell_whatever_it_holds(cloud):
     assert shlex.split(command) == ["python", "-u", "-m", "step_grpo.main", *PROGRAM, HOSTILE]
 
 
+def test_delete_takes_the_hosts_too_and_asks_nothing(cloud):
+    cloud.run("delete.sh", *SLICE)
+    ((_, *words),) = cloud.calls()
+    assert words[:5] == ["compute", "tpus", "queued-resources", "delete", "mine"]
+    assert words[5:] == ["--zone=us-east5-b", "--force", "--quiet"]
+
+
 # ---------------------------------------------------------------- watch
 
 
@@ -419,8 +426,10 @@ BRING_UP = ["scp", "setup", "restart"]
 
 def test_watch_survives_a_preemption_with_the_same_line(cloud):
     cloud.says(
-        states=["GONE", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED"]
-        + ["GONE", "PROVISIONING", "ACTIVE"],
+        states=[
+            *("GONE", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED"),
+            *("GONE", "PROVISIONING", "ACTIVE"),
+        ],
         runs_host0=["hang", "0"],
         runs_host1=["hang", "0"],
     )
