@@ -18,6 +18,7 @@ setup(
         "jax>=0.10",
         "flax>=0.12.8",
         "optax>=0.2.8",
+        "etils[epath]>=1.13",
         "orbax-checkpoint>=0.12.8,<1",
         "transformers>=5.0",
         "datasets>=5.0",
