@@ -45,12 +45,12 @@ def test_every_line_of_metrics_is_in_the_bucket_as_soon_as_it_is_written(bucket)
 
 def test_marker_is_the_last_to_come_and_the_first_to_go(bucket):
     for text in ("old", "new"):
-        with paths.replaced(WORKDIR, marker="done") as partial:
-            assert not (WORKDIR / "done").exists()
-            paths.write_text(partial / "a", text)
-            paths.write_text(partial / "done", text)
-    paths.remove(WORKDIR, marker="done")
-    written, deleted = [("write", "a"), ("write", "done")], [("delete", "done"), ("delete", "a")]
+        with paths.replaced(WORKDIR, marker="mark") as partial:
+            assert not (WORKDIR / "mark").exists()
+            paths.write_text(partial / "rest", text)
+            paths.write_text(partial / "mark", text)
+    paths.remove(WORKDIR, marker="mark")
+    written, deleted = [("write", "rest"), ("write", "mark")], [("delete", "mark"), ("delete", "rest")]
     assert order(bucket, "run") == [*written, *deleted, *written, *deleted]
 
 
