@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from step_grpo import cli
+from step_grpo import cli, paths
 from step_grpo.checkpoint import open_model
 from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, encode_prompts
@@ -48,7 +48,7 @@ def main(config: ConfigDict, checkpoint: str, workdir: Path = Path("workdir")) -
     with Grader(config.reward.grading_workers, config.reward.grading_deadline) as grader:
         scored = evaluate(described, engine, params, prompts, config, grader, "evaluating")
     figures = summarise(scored)
-    workdir.mkdir(parents=True, exist_ok=True)
+    paths.make(workdir)
     write_completions(workdir / "completions.jsonl", scored)
     (workdir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     Console().print(evaluation_table({"": figures}))

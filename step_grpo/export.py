@@ -7,13 +7,14 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from step_grpo import cli
+from step_grpo import cli, paths
 from step_grpo.checkpoint import open_model
 from step_grpo.errors import UserError
 from step_grpo.model import lora
@@ -55,7 +56,7 @@ def export(checkpoint: str | Path, out: str | Path, *, dtype: str | None = None)
     Raises:
         UserError: the checkpoint does not load, or `out` holds something else than an export.
     """
-    check_out(Path(out))
+    check_out(paths.folder(out))
     source = open_model(checkpoint)
     return write_hf_folder(
         out,
@@ -74,7 +75,7 @@ def export_adapter(checkpoint: str | Path, out: str | Path, *, dtype: str | None
     Raises:
         UserError: the checkpoint does not load or is of no LoRA run, or `out` holds something else.
     """
-    check_out(Path(out))
+    check_out(paths.folder(out))
     source = open_model(checkpoint)
     if source.adapter is None:
         raise UserError(f"--kind=adapter: {checkpoint} is of no run with config.lora.rank above 0")
@@ -122,11 +123,10 @@ def write_hf_folder(
         save_params(params, hf_config, folder, dtype=dtype)
         write_json(folder / "config.json", _export_config(hf_config, dtype))
         write_json(folder / "generation_config.json", generation or _generation(hf_config))
+        text = model_card(card, _export_config(hf_config, dtype))
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
-    text = model_card(card, _export_config(hf_config, dtype))
-    return _write_folder(
-        Path(out), fill, text, tokenizer_folder=Path(tokenizer_folder), card=card, dtype=dtype
-    )
+    return _write_folder(out, fill, tokenizer_folder, card=card, dtype=dtype)
 
 
 def write_adapter_folder(
@@ -164,42 +164,40 @@ def write_adapter_folder(
 
     def fill(folder: Path) -> None:
         lora.save_adapter(adapter, config.lora, base, folder, dtype=dtype)
+        text = model_card(card, _export_config(hf_config, dtype), FRONT_MATTER.format(library="peft"))
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
-    front = FRONT_MATTER.format(library="peft")
-    text = model_card(card, _export_config(hf_config, dtype), front)
-    return _write_folder(
-        Path(out), fill, text, tokenizer_folder=Path(tokenizer_folder), card=card, dtype=dtype
-    )
+    return _write_folder(out, fill, tokenizer_folder, card=card, dtype=dtype)
 
 
 def _write_folder(
-    out: Path,
+    out: str | Path,
     fill: Callable[[Path], None],
-    text: str,
+    tokenizer_folder: str | Path,
     *,
-    tokenizer_folder: Path,
     card: dict[str, Any],
     dtype: str,
 ) -> Path:
-    """Makes an export of what `fill` writes, the tokenizer, and the text of the model card."""
-    out = Path(os.path.abspath(out))
+    """Makes an export of what `fill` writes, model card and all, and the tokenizer."""
+    out = paths.folder(out if paths.is_remote(out) else os.path.abspath(out))
+    tokenizer_folder = paths.fetched(paths.folder(tokenizer_folder))
     check_out(out)
     check_dtype(dtype)
     if not (tokenizer_folder / "tokenizer.json").is_file():
         raise UserError(
             f"{tokenizer_folder}: tokenizer.json is missing; put the model's tokenizer files there"
         )
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
+    parent = Path(tempfile.gettempdir()) if paths.is_remote(out) else out.parent
+    partial = parent / f".{out.name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
         fill(partial)
         for name in TOKENIZER_FILES:
             if (tokenizer_folder / name).is_file():
                 shutil.copyfile(tokenizer_folder / name, partial / name)
-        (partial / "README.md").write_text(text, encoding="utf-8")
         files = sorted(path.name for path in partial.iterdir())
         write_json(partial / MANIFEST, {"card": card, "files": [*files, MANIFEST]})
-        _replace(partial, out)
+        (_send if paths.is_remote(out) else _replace)(partial, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
     finally:
@@ -213,9 +211,10 @@ def check_out(out: Path) -> None:
     Raises:
         UserError: naming what is in the way.
     """
-    if not os.path.lexists(out):
+    remote = paths.is_remote(out)
+    if not (out.exists() if remote else os.path.lexists(out)):
         return
-    if not out.is_dir() or out.is_symlink():
+    if not out.is_dir() or (not remote and out.is_symlink()):
         raise UserError(f"{out}: is a file or a link; name a folder that does not exist yet")
     found = {path.name for path in out.iterdir()}
     if found and MANIFEST not in found:
@@ -306,6 +305,20 @@ def _replace(partial: Path, out: Path) -> None:
         out.rename(old)
     partial.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _send(partial: Path, out: Path) -> None:
+    """Copies a complete folder into a bucket, over nothing or a previous export.
+
+    Nobody loads an export without its `config.json`, so that is the first to go and the last to come; at any
+    time a manifest names whatever is there.
+    """
+    order = ["config.json", *_manifest(out)["files"]]
+    for name in sorted(set(order) - {MANIFEST}, key=order.index):
+        (out / name).unlink(missing_ok=True)
+    names = sorted(path.name for path in partial.iterdir())
+    for name in sorted(names, key=lambda name: (name != MANIFEST, name == "config.json")):
+        paths.send(partial / name, out / name)
 
 
 def main(checkpoint: str, out: Path, dtype: str = "", kind: str = "merged") -> None:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from step_grpo import checkpoint, cli
+from step_grpo import checkpoint, cli, paths
 from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, encode_prompts
 from step_grpo.data.sources import load_questions, take
@@ -90,7 +90,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
         attention=choose_attention(config.model.attention, sampling),
     )
     plain = evaluation_engine(described, config, sampling)
-    workdir.mkdir(parents=True, exist_ok=True)
+    paths.make(workdir)
     run_key = jax.random.fold_in(jax.random.key(config.seed), TRAINING_STREAM)
 
     with Grader(config.reward.grading_workers, config.reward.grading_deadline) as grader:
