@@ -174,7 +174,7 @@ def _read_weights(
     folder: Path, cfg: QwenConfig, config: ConfigDict, mesh: Mesh | None
 ) -> tuple[Params, Params | None]:
     """The weights of a checkpoint; with LoRA the base that its config names, and the adapter beside it."""
-    if not config.lora.rank:
+    if not config.get("lora", {}).get("rank", 0):  # older checkpoints know no adapters
         return _load(folder / "params", _lying(abstract_params(cfg), param_shardings(cfg, mesh))), None
     targets = tuple(config.lora.targets)
     like = jax.eval_shape(partial(lora.init_adapter, cfg, config.lora.rank, targets, config.seed))
