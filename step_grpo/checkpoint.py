@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.experimental import v1 as ocp
 
 from step_grpo.data.prompts import load_tokenizer
+from step_grpo.distributed import is_first, wait_for_all
 from step_grpo.errors import UserError
 from step_grpo.grpo.update import TrainState
 from step_grpo.model.load import Description, save_description
@@ -50,20 +51,27 @@ def save(
     described: Description,
     config: ConfigDict,
 ) -> Path:
-    """Writes the checkpoint of a step and removes all but the newest few; returns its folder."""
+    """Writes the checkpoint of a step and removes all but the newest few; returns its folder.
+
+    All processes call it: each writes what its devices hold.
+    """
     folder = workdir / "checkpoints" / f"{progress.step:06d}"
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if is_first():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    wait_for_all("the folder of a checkpoint is there")
     ocp.save(partial.absolute() / "params", state.params)
     ocp.save(partial.absolute() / "optimizer", {"step": state.step, "state": state.opt_state})
-    save_description(described, partial / "model")
-    run = {"step": progress.step, "cursor": progress.cursor, "config": config.to_dict()}
-    write_json(partial / RUN, json.loads(json.dumps(run)))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    for old in saved_steps(workdir)[: -config.keep_checkpoints]:
-        shutil.rmtree(old)
+    if is_first():
+        save_description(described, partial / "model")
+        run = {"step": progress.step, "cursor": progress.cursor, "config": config.to_dict()}
+        write_json(partial / RUN, json.loads(json.dumps(run)))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        for old in saved_steps(workdir)[: -config.keep_checkpoints]:
+            shutil.rmtree(old)
+    wait_for_all("a checkpoint is complete")
     return folder
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from step_grpo import cli
 from step_grpo.checkpoint import open_model
+from step_grpo.distributed import is_first
 from step_grpo.errors import UserError
 from step_grpo.model.qwen import Params
 from step_grpo.model.weights import (
@@ -76,6 +77,8 @@ def write_hf_folder(
 ) -> Path:
     """Writes weights, configs, tokenizer and model card; `out` appears only when it is complete.
 
+    Where weights are spread over several processes, all call it, and the first one writes.
+
     Args:
         out: the folder to make; a previous export there is replaced.
         params: weights of `step_grpo.model.qwen`.
@@ -93,6 +96,9 @@ def write_hf_folder(
         UserError: an unknown dtype, no tokenizer, or `out` holds something else than an export.
     """
     out, tokenizer_folder = Path(os.path.abspath(out)), Path(tokenizer_folder)
+    if not is_first():
+        save_params(params, hf_config, out, dtype=dtype)
+        return out
     check_out(out)
     check_dtype(dtype)
     if not (tokenizer_folder / "tokenizer.json").is_file():
