@@ -9,6 +9,7 @@ here alone.
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from step_grpo import paths
 from step_grpo.data.prompts import load_tokenizer
+from step_grpo.distributed import is_first, wait_for_all
 from step_grpo.errors import UserError
 from step_grpo.grpo.update import TrainState
 from step_grpo.mesh import shardings
@@ -55,16 +57,24 @@ def save(
     described: Description,
     config: ConfigDict,
 ) -> Path:
-    """Writes the checkpoint of a step and removes all but the newest few; returns its folder."""
+    """Writes the checkpoint of a step and removes all but the newest few; returns its folder.
+
+    All processes call it: each writes what its devices hold.
+    """
     folder = workdir / "checkpoints" / f"{progress.step:06d}"
-    with paths.replaced(folder, marker=RUN) as partial:
+    replacing = paths.replaced(folder, marker=RUN) if is_first() else nullcontext(paths.written_to(folder))
+    with replacing as partial:
+        wait_for_all("the folder of a checkpoint is there")
         ocp.save(paths.absolute(partial) / "params", state.params)
         ocp.save(paths.absolute(partial) / "optimizer", {"step": state.step, "state": state.opt_state})
-        save_description(described, partial / "model")
-        run = {"step": progress.step, "cursor": progress.cursor, "config": config.to_dict()}
-        write_json(partial / RUN, json.loads(json.dumps(run)))
-    for old in saved_steps(workdir)[: -config.keep_checkpoints]:
-        paths.remove(old, marker=RUN)
+        if is_first():
+            save_description(described, partial / "model")
+            run = {"step": progress.step, "cursor": progress.cursor, "config": config.to_dict()}
+            write_json(partial / RUN, json.loads(json.dumps(run)))
+    if is_first():
+        for old in saved_steps(workdir)[: -config.keep_checkpoints]:
+            paths.remove(old, marker=RUN)
+    wait_for_all("a checkpoint is complete")
     return folder
 
 

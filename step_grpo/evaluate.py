@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from step_grpo import cli, paths
+from step_grpo import cli, distributed, paths
 from step_grpo.checkpoint import open_model
 from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, encode_prompts
 from step_grpo.data.sources import load_questions
 from step_grpo.errors import UserError
-from step_grpo.mesh import mesh_of, seen_from, shardings, share_of, use_all_cores
+from step_grpo.mesh import mesh_of, seen_from, shardings, share_of
 from step_grpo.model import qwen
 from step_grpo.model.attention import choose_attention
 from step_grpo.model.linear import axes_of
@@ -30,7 +30,7 @@ from step_grpo.model.load import Description
 from step_grpo.report import evaluation_table, progress_bar
 from step_grpo.reward.grading import Grader
 from step_grpo.rollout.engine import RolloutEngine, build_engine
-from step_grpo.scoring import Scored, score_completions
+from step_grpo.scoring import Scored, exchange, score_completions
 
 EVALUATION_STREAM = 1  # folded into the seed, so that evaluation and training never share randomness
 
@@ -38,7 +38,7 @@ EVALUATION_STREAM = 1  # folded into the seed, so that evaluation and training n
 def main(config: ConfigDict, checkpoint: str, workdir: Path = Path("workdir")) -> None:
     """Evaluates a checkpoint and writes `completions.jsonl` and `evaluation.json`."""
     validate(config)
-    use_all_cores()
+    distributed.start(config, workdir, checkpoint=checkpoint)
     mesh = mesh_of(config.mesh, config.rollout.lanes)
     opened = open_model(checkpoint, mesh)
     described = opened.described
@@ -49,8 +49,9 @@ def main(config: ConfigDict, checkpoint: str, workdir: Path = Path("workdir")) -
         scored = evaluate(described, engine, params, prompts, config, grader, "evaluating")
     figures = summarise(scored)
     paths.make(workdir)
-    write_completions(workdir / "completions.jsonl", scored)
-    (workdir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_completions(distributed.only_first(workdir / "completions.jsonl"), scored)
+    written = json.dumps(figures, indent=2) + "\n"
+    distributed.only_first(workdir / "evaluation.json").write_text(written, encoding="utf-8")
     Console().print(evaluation_table({"": figures}))
     print(f"completions: {workdir / 'completions.jsonl'}\nfigures: {workdir / 'evaluation.json'}")
 
@@ -127,7 +128,7 @@ def evaluate(
     grader: Grader,
     title: str,
 ) -> list[Scored]:
-    """One completion a prompt, scored.
+    """One completion a prompt, scored; the same in every process, each of which made its share.
 
     Args:
         described: the model but its weights.
@@ -139,11 +140,11 @@ def evaluate(
         title: of the progress bar.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), EVALUATION_STREAM)
-    with progress_bar(title, len(prompts)) as bar:
-        completions, _ = engine(params, [p.ids for p in prompts], 1, key, bar.update)
-    return score_completions(
-        described.tokenizer, prompts, completions, grader, tuple(config.rollout.triggers)
-    )
+    mine = distributed.share(prompts, "config.eval.questions")
+    with progress_bar(title, len(mine)) as bar:
+        completions, stats = engine(params, [p.ids for p in mine], 1, key, bar.update)
+    scored = score_completions(described.tokenizer, mine, completions, grader, tuple(config.rollout.triggers))
+    return exchange(scored, stats, prompts)[0]
 
 
 def summarise(scored: Sequence[Scored]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from step_grpo import cli, paths
 from step_grpo.checkpoint import open_model
+from step_grpo.distributed import is_first
 from step_grpo.errors import UserError
 from step_grpo.model import lora
 from step_grpo.model.qwen import Params
@@ -102,6 +103,8 @@ def write_hf_folder(
 ) -> Path:
     """Writes weights, configs, tokenizer and model card; `out` appears only when it is complete.
 
+    Where weights are spread over several processes, all call it, and the first one writes.
+
     Args:
         out: the folder to make; a previous export there is replaced.
         params: weights of `step_grpo.model.qwen`.
@@ -118,6 +121,9 @@ def write_hf_folder(
     Raises:
         UserError: an unknown dtype, no tokenizer, or `out` holds something else than an export.
     """
+    if not is_first():
+        save_params(params, hf_config, Path(os.devnull), dtype=dtype)  # takes part, writes nothing
+        return paths.folder(out)
 
     def fill(folder: Path) -> None:
         save_params(params, hf_config, folder, dtype=dtype)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from step_grpo import checkpoint, cli, paths
+from step_grpo import checkpoint, cli, distributed, paths
 from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, encode_prompts
 from step_grpo.data.sources import load_questions, take
@@ -37,7 +37,7 @@ from step_grpo.grpo.advantages import group_advantages
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.settings import GrpoSettings
 from step_grpo.grpo.update import Measurements, TrainBatch, TrainState, Update, adamw, make_update
-from step_grpo.mesh import mesh_of, over_data, row_shares, shardings, share_of, use_all_cores
+from step_grpo.mesh import mesh_of, place_rows, row_shares, shardings, share_of
 from step_grpo.metrics import MetricsWriter, read_metrics
 from step_grpo.model import lora, qwen
 from step_grpo.model.attention import choose_attention
@@ -48,7 +48,7 @@ from step_grpo.reward.grading import Grader
 from step_grpo.rollout.engine import RolloutStats, build_engine
 from step_grpo.rollout.phases import REASONS
 from step_grpo.rollout.policies import Policy
-from step_grpo.scoring import Scored, score_completions
+from step_grpo.scoring import Scored, exchange, score_completions
 
 TRAINING_STREAM = 0  # folded into the seed, so that evaluation and training never share randomness
 
@@ -57,7 +57,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
     """Trains, evaluates before and after, and writes checkpoint, export, metrics and result to `workdir`."""
     started = time.monotonic()
     validate(config)
-    use_all_cores()
+    distributed.start(config, workdir)
 
     # ------------------------------------------------------------------ model
     mesh = mesh_of(config.mesh, config.rollout.lanes, config.grpo.rows)
@@ -71,9 +71,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
     progress, state = checkpoint.restore(workdir, state, config)
 
     # ------------------------------------------------------------------ questions
-    questions = training_questions(described.tokenizer, config)
-    held_out = evaluation_prompts(described, config)
-    assert_disjoint(questions, held_out)
+    questions, held_out = load_prompts(described, config)
 
     # ------------------------------------------------------------------ rollout, grading, evaluation
     rollout = build_engine(
@@ -98,14 +96,14 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
         def measure(params: qwen.Params, name: str) -> dict[str, Any]:
             ready = decode_ready(params, described.config, config.model.dtype, mesh)
             scored = evaluate(described, plain, ready, held_out, config, grader, f"evaluation {name}")
-            write_completions(workdir / f"completions_{name}.jsonl", scored)
+            write_completions(distributed.only_first(workdir / f"completions_{name}.jsonl"), scored)
             return summarise(scored)
 
         before = measure(whole(frozen.first, frozen.base), "before")
 
         # -------------------------------------------------------------- loop
         with (
-            MetricsWriter(workdir / "metrics.jsonl", progress.step) as metrics,
+            MetricsWriter(distributed.only_first(workdir / "metrics.jsonl"), progress.step) as metrics,
             progress_bar("training", config.steps) as bar,
         ):
             for step in range(progress.step, config.steps):
@@ -114,14 +112,16 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
                 ready = decode_ready(
                     whole(state.params, frozen.base), described.config, config.model.dtype, mesh
                 )
+                mine = distributed.share(batch, "config.prompts_per_step")
                 completions, stats = rollout(
-                    ready, [p.ids for p in batch], config.rollout.samples, jax.random.fold_in(run_key, step)
+                    ready, [p.ids for p in mine], config.rollout.samples, jax.random.fold_in(run_key, step)
                 )
                 del ready  # the update needs the room
                 clock.lap("rollout_seconds")
                 scored = score_completions(
-                    described.tokenizer, batch, completions, grader, tuple(config.rollout.triggers)
+                    described.tokenizer, mine, completions, grader, tuple(config.rollout.triggers)
                 )
+                scored, stats = exchange(scored, stats, batch)
                 reward = reward_groups(scored, config)
                 advantages = group_advantages(reward)
                 clock.lap("grading_seconds")
@@ -146,7 +146,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
     result = {
         "before": before,
         "after": after,
-        "exits": mean_exits(read_metrics(workdir / "metrics.jsonl")),
+        "exits": mean_exits(read_metrics(workdir / "metrics.jsonl")) if distributed.is_first() else {},
         "seconds": time.monotonic() - started,
         "seed": config.seed,
     }
@@ -157,9 +157,11 @@ def finish(
     workdir: Path, result: dict[str, Any], described: Description, params: qwen.Params, config: ConfigDict
 ) -> None:
     """Writes `result.json` and the export, shows the closing table, and says where everything is."""
-    (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    written = json.dumps(result, indent=2) + "\n"
+    distributed.only_first(workdir / "result.json").write_text(written, encoding="utf-8")
     evaluations = {name: result[name] for name in ("before", "after")}
-    save_description(described, workdir / "model")
+    if distributed.is_first():
+        save_description(described, workdir / "model")
     exported = write_hf_folder(
         workdir / "export",
         params,
@@ -177,6 +179,16 @@ def finish(
 
 
 # ---------------------------------------------------------------------- questions
+
+
+def load_prompts(
+    described: Description, config: ConfigDict
+) -> tuple[Sequence[EncodedPrompt], Sequence[EncodedPrompt]]:
+    """The prompts to train on, and those to evaluate on; no question is among both."""
+    questions = training_questions(described.tokenizer, config)
+    held_out = evaluation_prompts(described, config)
+    assert_disjoint(questions, held_out)
+    return questions, held_out
 
 
 def training_questions(tokenizer: Any, config: ConfigDict) -> Sequence[EncodedPrompt]:
@@ -339,10 +351,9 @@ def update_policy(
         The state, and the measurements averaged over the updates.
     """
     per_update = config.grpo.prompts_per_update * config.rollout.samples
-    share = over_data(mesh)
 
     def compared(packed: PackedBatch) -> TrainBatch:
-        placed = jax.device_put(packed, share)
+        placed = place_rows(mesh, packed)
         old = placed.sampler_logprobs
         if config.grpo.old_logprobs == "trainer":
             old = update.logprobs(state.params, placed, frozen.base).logprobs

@@ -139,6 +139,12 @@ def seen_from(mesh: Mesh, array: jax.Array) -> jax.Array:
     )
 
 
+def place_rows(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays `[rows, ...]`, the same in every process, on the devices; each process fills its own."""
+    where = over_data(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, lambda part: x[part]), tree)
+
+
 def row_shares(mesh: Mesh) -> int:
     """Parts that the rows are spread over."""
     return axis_size(mesh, "data") * axis_size(mesh, "fsdp")

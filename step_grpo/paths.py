@@ -57,16 +57,21 @@ def replaced(path: Path, marker: str) -> Iterator[Path]:
     A local folder appears under its name when the block has ended. In a bucket it is complete as soon as the
     marker is there, and counts for nothing before.
     """
+    partial = written_to(path)
     if is_remote(path):
         remove(path, marker)
-        yield path
+        yield partial
         return
-    partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
+
+
+def written_to(path: Path) -> Path:
+    """Where `replaced` lets write, for the other processes of a run: one of them alone calls it."""
+    return path if is_remote(path) else path.with_name(f".{path.name}.partial")
 
 
 def write_text(path: Path, text: str) -> None:

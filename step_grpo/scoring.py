@@ -1,13 +1,18 @@
 """Completions as text: decoded, graded, their steps counted."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
+import numpy as np
+
 from step_grpo.data.prompts import EncodedPrompt
+from step_grpo.distributed import as_bytes, gather
 from step_grpo.reward.grading import Grade, Grader
 from step_grpo.reward.steps import count_steps
-from step_grpo.rollout.engine import Completion
+from step_grpo.rollout.engine import Completion, RolloutStats
 
 
 @dataclass(frozen=True)
@@ -42,3 +47,68 @@ def score_completions(
     grades = grader.grade_many(texts, [prompt.question.answer for prompt in asked])
     rows = zip(asked, completions, texts, grades, strict=True)
     return [Scored(p, c, text, grade, count_steps(text, triggers)) for p, c, text, grade in rows]
+
+
+# ---------------------------------------------------------------------- several processes
+
+ARRAYS = ("tokens", "logprobs", "forced", "confidences")  # of a `Completion`
+
+
+def exchange(
+    scored: Sequence[Scored], stats: RolloutStats, prompts: Sequence[EncodedPrompt]
+) -> tuple[list[Scored], RolloutStats]:
+    """What all processes made of their shares of the prompts, in the order of prompt and sample.
+
+    Args:
+        scored: what this process made of `distributed.share(prompts)`.
+        stats: of its rollout.
+        prompts: of all processes.
+
+    Returns:
+        The same in every process. The time is that of the slowest, all else of the cost is summed.
+    """
+    if jax.process_count() == 1:
+        return list(scored), stats
+    said = gather(_to_arrays(scored, stats))
+    everything = [s for process, arrays in enumerate(said) for s in _from_arrays(arrays, process, prompts)]
+    everything.sort(key=lambda s: (s.completion.prompt, s.completion.sample))
+    return everything, _together([json.loads(bytes(arrays["stats"])) for arrays in said])
+
+
+def _to_arrays(scored: Sequence[Scored], stats: RolloutStats) -> dict[str, np.ndarray]:
+    """Without the prompts, which every process has."""
+    rows = [
+        (c.prompt, c.sample, c.reason, c.probe_tokens, s.text, asdict(s.grade), s.steps)
+        for s in scored
+        for c in [s.completion]
+    ]
+    arrays = {"rows": as_bytes(json.dumps(rows)), "stats": as_bytes(json.dumps(asdict(stats)))}
+    for name in ARRAYS:
+        parts = [getattr(s.completion, name) for s in scored]
+        arrays[name] = np.concatenate(parts)
+        arrays[f"{name} end"] = np.cumsum([len(part) for part in parts])
+    return arrays
+
+
+def _from_arrays(
+    arrays: Mapping[str, np.ndarray], process: int, prompts: Sequence[EncodedPrompt]
+) -> list[Scored]:
+    """The inverse, for the arrays of a process; prompts are counted over all processes."""
+    parts = {name: np.split(arrays[name], arrays[f"{name} end"][:-1]) for name in ARRAYS}
+    made = []
+    for i, (own, sample, reason, probe_tokens, text, grade, steps) in enumerate(
+        json.loads(bytes(arrays["rows"]))
+    ):
+        prompt = own * jax.process_count() + process
+        written = {name: parts[name][i] for name in ARRAYS}
+        completion = Completion(
+            prompt=prompt, sample=sample, reason=reason, probe_tokens=probe_tokens, **written
+        )
+        made.append(Scored(prompts[prompt], completion, text, Grade(**grade), steps))
+    return made
+
+
+def _together(stats: Sequence[Mapping[str, Any]]) -> RolloutStats:
+    """The cost of a rollout whose processes worked side by side."""
+    combine = {name: max if name.endswith("seconds") else sum for name in stats[0]}
+    return RolloutStats(**{name: of([s[name] for s in stats]) for name, of in combine.items()})

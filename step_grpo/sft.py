@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from step_grpo import cli
+from step_grpo import cli, distributed
 from step_grpo.config import validate_sft
 from step_grpo.data.arithmetic import Habits, Problem, draw_problem, over_thinking
 from step_grpo.data.prompts import encode_prompts
@@ -25,7 +25,7 @@ from step_grpo.export import write_hf_folder
 from step_grpo.grpo.logprobs import token_logprobs
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.update import adamw
-from step_grpo.mesh import make_mesh, over_data, use_all_cores
+from step_grpo.mesh import make_mesh, place_rows
 from step_grpo.metrics import MetricsWriter
 from step_grpo.model import qwen
 from step_grpo.model.attention import XLA, Attention, choose_attention
@@ -39,7 +39,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/sft")) -> None:
     """Trains and writes a Hugging Face folder to `workdir/export`."""
     validate_sft(config)
     started = time.monotonic()
-    use_all_cores()
+    distributed.start(config, workdir)
     tokenizer = build_tokenizer()
     devices = make_mesh(config.rows)
     described, params = random_model(config.architecture.to_dict(), tokenizer, config.seed, devices)
@@ -52,18 +52,17 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/sft")) -> None:
     opt_state = jax.jit(optimizer.init)(params)
     batches = corpus_batches(config, tokenizer)
     with (
-        MetricsWriter(workdir / "metrics.jsonl") as metrics,
+        MetricsWriter(distributed.only_first(workdir / "metrics.jsonl")) as metrics,
         progress_bar("fine-tuning", config.steps) as bar,
     ):
         for step in range(config.steps):
-            params, opt_state, loss = step_fn(
-                params, opt_state, jax.device_put(next(batches), over_data(devices))
-            )
+            params, opt_state, loss = step_fn(params, opt_state, place_rows(devices, next(batches)))
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 figures = {"loss": float(loss), "seconds": time.monotonic() - started}
                 metrics.write(step + 1, figures)
                 bar.update(step + 1, loss=figures["loss"])
-    save_description(described, workdir / "model")
+    if distributed.is_first():
+        save_description(described, workdir / "model")
     out = write_hf_folder(
         workdir / "export",
         params,

@@ -15,7 +15,16 @@ from step_grpo.evaluate import decode_ready
 from step_grpo.grpo.packing import Sample, pack
 from step_grpo.grpo.update import TrainBatch, Update
 from step_grpo.main import build_update, optimizer_of
-from step_grpo.mesh import make_mesh, mesh_sizes, over_data, replicated, shardings, share_of, spec_of
+from step_grpo.mesh import (
+    make_mesh,
+    mesh_sizes,
+    over_data,
+    place_rows,
+    replicated,
+    shardings,
+    share_of,
+    spec_of,
+)
 from step_grpo.model import qwen
 from step_grpo.model.attention import choose_attention
 from step_grpo.rollout.engine import RolloutEngine
@@ -119,8 +128,8 @@ def whole_params(cfg, seed):
     return jax.device_get(qwen.init_params(cfg, seed))
 
 
-def gradient(cfg, sizes, *, rows, row_length=32, chunk=64, packed=True):
-    """Gradient sums of all samples against another old policy and reference."""
+def gradient(cfg, sizes, *, rows, row_length=32, chunk=64, packed=True, fetch=jax.device_get):
+    """Gradient sums of all samples against another old policy and reference, on the host."""
     mesh = mesh_of_sizes(sizes)
     update = update_on(cfg, mesh, chunk)
     policy, old, reference = (params_on(cfg, mesh, seed) for seed in range(3))
@@ -128,10 +137,10 @@ def gradient(cfg, sizes, *, rows, row_length=32, chunk=64, packed=True):
     grads, sums = update.start(policy)
     for part in parts:
         for batch in pack(part, row_length=row_length, rows=rows):
-            placed = jax.device_put(batch, over_data(mesh))
+            placed = place_rows(mesh, batch)
             compared = (update.logprobs(weights, placed).logprobs for weights in (old, reference))
             grads, sums = update.accumulate(policy, grads, sums, TrainBatch(placed, *compared))
-    return jax.device_get(grads), jax.device_get(sums)
+    return fetch((grads, sums))
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])

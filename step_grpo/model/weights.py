@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import step_grpo
 from step_grpo import paths
+from step_grpo.distributed import is_first
 from step_grpo.errors import UserError
 from step_grpo.hub import offline
 from step_grpo.mesh import shardings
@@ -215,7 +217,8 @@ def save_params(
     """Writes the weights into `folder` as safetensors: one file, or shards and their index.
 
     The same weights give the same bytes. Each file appears under its name only when it is complete; at most
-    one shard is on the host. A tied head is not written.
+    one shard is on the host. A tied head is not written. Where weights are spread over several processes, all
+    call it, and the first one writes.
 
     Args:
         params: the tree of `step_grpo.model.qwen`, arrays of JAX or NumPy; adapters are merged.
@@ -237,6 +240,10 @@ def save_params(
     if len(shards) == 1:
         names = [WEIGHTS]
 
+    if not is_first():
+        for rule, layer in tensors.values():
+            _to_file(params, rule, layer, sizes, dtype)
+        return
     for file, shard in zip(names, shards, strict=True):
         arrays = {name: _to_file(params, *tensors[name], sizes, dtype) for name in shard}
         partial = folder / f".{file}.partial"
@@ -523,14 +530,21 @@ def _one_layer(weight: Weight, layer: int, dtype: str) -> jax.Array:
 def _to_file(params: Params, rule: Rule, layer: int, sizes: dict[str, int], dtype: str) -> np.ndarray:
     """A host copy of one tensor as the file stores it."""
     if _is_stacked(rule):
-        array = np.asarray(_one_layer(params["layers"][rule.ours], layer, dtype))
+        array = _on_host(_one_layer(params["layers"][rule.ours], layer, dtype))
     else:
-        array = np.asarray(jnp.asarray(params[rule.ours]).astype(DTYPES[dtype]))
+        array = _on_host(jnp.asarray(params[rule.ours]).astype(DTYPES[dtype]))
     if not np.isfinite(array).all():
         raise UserError(f"tensor {rule.hf.format(layer)!r} has values that are not finite in {dtype}")
     letters, axes = "".join(rule.axes), _our_axes(rule)
     joined = array.transpose([axes.index(letter) for letter in letters]).reshape(_file_shape(rule, sizes))
     return np.ascontiguousarray(joined)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """A host copy; of an array that is spread over processes, all of them make one."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _one_line(error: BaseException) -> str:

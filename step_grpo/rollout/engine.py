@@ -616,7 +616,7 @@ def build_engine(
 
     Args:
         described: the model but its weights.
-        config: the `rollout` part of a config.
+        config: the `rollout` part of a config; its lanes are shared among the processes.
         mesh: from `share_of`, or with `data` alone.
         dtype: of the compute.
         truncate: False for plain sampling whatever `config.exit` says.
@@ -651,7 +651,7 @@ def build_engine(
         described.config,
         machine,
         jax.device_put(vocab, replicated(mesh)),
-        lanes=config.lanes,
+        lanes=config.lanes // jax.process_count(),
         max_prompt=config.max_prompt_tokens,
         dtype=jnp.dtype(config.cache_dtype or dtype),
         mesh=mesh,

@@ -1,0 +1,179 @@
+"""Several processes of one run, over the loopback: the same as one process, in every figure."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from short_run import ROOT, ShortRun, short_config, train
+from test_mesh import CFG, gradient
+
+from step_grpo import checkpoint, distributed
+from step_grpo.errors import UserError
+
+STEPS = int(os.environ.get("STEP_GRPO_TEST_STEPS", "2"))  # of the runs that are compared
+WHOLE = {
+    "steps": STEPS,
+    "save_every": STEPS,
+    "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+    "grpo": {"rows": 4},
+}
+ROUNDING = {"rel": 1e-4, "abs": 1e-5}
+
+
+def processes(*arguments: str, **environment: str) -> list[tuple[int, str]]:
+    """Exit code and output of two processes of four devices each; `X_0` and `X_1` differ between them."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    running = []
+    for process in range(2):
+        own = {k.removesuffix(f"_{process}"): v for k, v in environment.items() if k.endswith(f"_{process}")}
+        running.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "process_worker.py"), *arguments],
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+                    distributed.COORDINATOR: f"127.0.0.1:{port}",
+                    distributed.PROCESSES: "2",
+                    distributed.PROCESS: str(process),
+                    **own,
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        return [(p.wait(timeout=400), p.communicate()[0]) for p in running]
+    finally:
+        for p in running:
+            p.kill()
+
+
+def test_gradient_over_two_processes_is_that_of_one_device(tmp_path):
+    ended = processes("gradient", str(tmp_path / "sums.npz"))
+    assert [code for code, _ in ended] == [0, 0], ended
+    with np.load(tmp_path / "sums.npz") as held:
+        found = [held[name] for name in held.files]
+    expected = jax.tree.leaves(gradient(CFG, (1, 1, 1), rows=8))
+    for value, there in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value, there, rtol=1e-5, atol=1e-5 * np.abs(there).max())
+
+
+@pytest.fixture(scope="module")
+def alone(finished_run, tmp_path_factory) -> ShortRun:
+    """The same steps in one process, on other devices."""
+    if STEPS == 2:
+        return finished_run
+    return train(short_config({"steps": STEPS, "save_every": STEPS}), tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> tuple[ShortRun, list[str]]:
+    """The run over two processes, and what each of them printed."""
+    workdir = tmp_path_factory.mktemp("together")
+    ended = processes("train", str(workdir), json.dumps(WHOLE))
+    assert [code for code, _ in ended] == [0, 0], ended
+    return ShortRun(short_config(WHOLE), workdir, ended[0][1]), [printed for _, printed in ended]
+
+
+def test_run_over_two_processes_is_that_of_one(alone, together):
+    run, _ = together
+    assert [line["step"] for line in run.metrics] == list(range(1, STEPS + 1))
+    for line, there in zip(run.metrics, alone.metrics, strict=True):
+        assert line.keys() == there.keys()
+        for name in line.keys() - {"lane_use"}:  # the only one that speaks of the devices
+            assert line[name] == pytest.approx(there[name], **ROUNDING), name
+    for name in ("before", "after"):
+        assert run.completions(name) == alone.completions(name)
+        assert run.result[name] == alone.result[name]
+    exported, expected = (load_file(r.workdir / "export" / "model.safetensors") for r in (run, alone))
+    for name, weight in expected.items():
+        np.testing.assert_allclose(exported[name], weight, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_only_the_first_process_speaks(together):
+    _, (first, second) = together
+    assert "checkpoint:" in first and "accuracy" in first
+    assert "checkpoint:" not in second and "accuracy" not in second
+
+
+def test_checkpoint_of_two_processes_opens_in_one(together):
+    run, _ = together
+    opened = checkpoint.open_model(run.workdir)
+    exported = load_file(run.workdir / "export" / "model.safetensors")
+    np.testing.assert_array_equal(opened.params["embed_VD"], exported["model.embed_tokens.weight"])
+
+
+def test_two_processes_go_on_from_their_checkpoint(together):
+    run, _ = together
+    more = {**WHOLE, "steps": STEPS + 1, "save_every": 1}
+    ended = processes("train", str(run.workdir), json.dumps(more))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert [line["step"] for line in ShortRun(run.config, run.workdir, "").metrics] == list(
+        range(1, STEPS + 2)
+    )
+
+
+# ---------------------------------------------------------------------- who is who
+
+
+def test_addresses_are_given_together_or_not_at_all():
+    names = (distributed.COORDINATOR, distributed.PROCESSES, distributed.PROCESS)
+    given = dict(zip(names, ("host:1234", "3", "2"), strict=True))
+    assert distributed.given_addresses(given) == ("host:1234", 3, 2)
+    assert distributed.given_addresses({}) is None
+    for name in names:
+        with pytest.raises(UserError, match=f"{name} is not set"):
+            distributed.given_addresses({k: v for k, v in given.items() if k != name})
+    for name, value in zip(names, ("host", "0", "3"), strict=True):
+        with pytest.raises(UserError, match=f"{name} is '?{value}"):
+            distributed.given_addresses({**given, name: value})
+
+
+SLURM = dict.fromkeys(distributed.SLURM, "1") | {"SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "on_tpu", "metadata", "processes"),
+    [
+        ({}, False, {}, 1),
+        (SLURM, False, {}, 4),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False, {}, 1),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, {}, 2),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"}, True, {}, 4),
+        ({}, True, {"worker-network-endpoints": "x:1:a,x:1:b,x:1:c"}, 3),
+        ({}, True, {"worker-network-endpoints": "x:1:a", "tpu-env": "MEGASCALE_NUM_SLICES: '2'"}, 2),
+        ({}, True, {}, 1),
+    ],
+)
+def test_cluster_is_found_by_its_signs(environ, on_tpu, metadata, processes):
+    found = distributed.cluster_size(environ, lambda name: metadata.get(name, ""), on_tpu=on_tpu)
+    assert found == processes
+
+
+def test_processes_that_would_run_something_else_are_refused_by_the_field():
+    same = {"config.seed": "0", "--workdir": "/a"}
+    distributed.check_equal([same, dict(same)])
+    with pytest.raises(UserError, match="--workdir is /a in process 0 and /b in process 1"):
+        distributed.check_equal([same, {**same, "--workdir": "/b"}])
+    with pytest.raises(UserError, match=r"config\.seed is 0 in process 0 and None in process 2"):
+        distributed.check_equal([same, same, {"--workdir": "/a"}])
+
+
+def test_other_config_in_one_process_stops_both_with_its_name(tmp_path):
+    """Through the whole command line: one process is given another seed."""
+    worker = tmp_path / "out"
+    ended = processes("disagree", str(worker), SEED_0="0", SEED_1="1")
+    for code, printed in ended:
+        assert code != 0 and "config.seed is 0 in process 0 and 1 in process 1" in printed, printed
+    assert not Path(worker).exists()
