@@ -40,6 +40,7 @@ setup(
         "test": [
             "torch==2.13.0",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.14",
             "mypy>=1.18",
