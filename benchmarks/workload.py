@@ -59,7 +59,7 @@ class Workload:
 
 
 def tiny_config(lanes: int, longest: int = 256, *, early_abort: bool = True) -> ConfigDict:
-    """The built-in tiny model on its own questions, with the budgets of `configs/tiny.py` if not told else."""
+    """The built-in tiny model on its own questions, by default with the budgets of `configs/tiny.py`."""
     config = base_config().unlock()
     config.model.checkpoint, config.model.dtype = "builtin:tiny", "float32"
     config.data = data_config(source="arithmetic", split="train", count=10_000)

@@ -35,8 +35,8 @@ MOST_PROCESSES = 4  # each may need two gigabytes
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Spreads the files of whole folders over a process a core, unless the command line says otherwise.
 
-    `addopts` would ask for pytest-xdist in every run, also where it is missing or switched off, and would make
-    a single test wait for several processes.
+    Not `addopts`: that would need pytest-xdist also where it is missing or switched off, and would make a
+    single test wait for several processes.
     """
     option = config.option
     is_process_of_a_session = hasattr(config, "workerinput")
