@@ -41,6 +41,7 @@ setup(
             "torch==2.13.0",
             "peft>=0.21",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.14",
             "mypy>=1.18",

@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--probes", type=int, default=10_000)
     parser.add_argument("--samples", type=int, default=5, help="completions a prompt")
     parser.add_argument("--lanes", type=int, default=128)
+    parser.add_argument("--longest", type=int, default=256, help="tokens of a truncated completion")
     parser.add_argument("--tokens", type=int, default=128, help="of the longest completion in the timing")
     parser.add_argument("--repeats", type=int, default=9, help="counted pairs of the timing")
     args = parser.parse_args(argv)
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     unwatched, watched = plain_and_machine(args.lanes, args.tokens, args.repeats)
     wall, cpu = unwatched.over(watched), unwatched.cpu_over(watched)
     print(f"time of the machine with no trigger firing / plain: {wall}, CPU {cpu}")
-    result = early_abort(args.probes, args.samples, args.lanes)
+    result = early_abort(args.probes, args.samples, args.lanes, args.longest)
     result = plain(
         {
             **result,
@@ -60,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the early abort
 
 
-def early_abort(probes: int, samples: int, lanes: int) -> dict[str, Any]:
+def early_abort(probes: int, samples: int, lanes: int, longest: int) -> dict[str, Any]:
     """Truncated rollouts with and without the early abort, on as many prompts as make `probes` probes."""
-    work = tiny_workload(min(10_000, 4 * probes), tiny_config(lanes))
+    work = tiny_workload(min(10_000, 4 * probes), tiny_config(lanes, longest))
     quick = make_engine(work, truncate=True)
-    full = make_engine(replace(work, config=tiny_config(lanes, early_abort=False)), truncate=True)
+    full = make_engine(replace(work, config=tiny_config(lanes, longest, early_abort=False)), truncate=True)
     with_abort: list[Completion] = []
     without: list[Completion] = []
     start, step = 0, -(-probes // samples)  # about one probe a completion

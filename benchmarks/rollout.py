@@ -97,6 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lanes", type=int, help="of our engine: 256; 8 for a shape")
     parser.add_argument("--devices", type=int, help="of our engine: all; 1 for a shape")
     parser.add_argument("--tokens", type=int, help="length at equal lengths: 192; 32 for a shape")
+    parser.add_argument("--longest", type=int, default=256, help="tokens at most at natural lengths")
     parser.add_argument("--batches", type=int, nargs="+", help="sizes tried: 64 128 256; 8 for a shape")
     args = parser.parse_args(argv)
     ours = {"prompts": 256, "samples": 5, "lanes": 256, "tokens": 192, "batches": [64, 128, 256]}
@@ -109,7 +110,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def tiny(args: argparse.Namespace) -> dict[str, Any]:
     """The tiny model: equal lengths, natural lengths, truncated rollouts."""
-    work = tiny_workload(args.prompts, tiny_config(args.lanes))
+    work = tiny_workload(args.prompts, tiny_config(args.lanes, args.longest))
     peer = Generate(work.folder, work.described.tokenizer.pad_token_id)
     flat = [prompt for prompt in work.prompts for _ in range(args.samples)]
     longest, ends = work.config.rollout.max_response_tokens, work.described.eos_ids

@@ -58,13 +58,17 @@ class Workload:
         return 2 * 4 * cfg.layers * cfg.kv_heads * cfg.head_dim
 
 
-def tiny_config(lanes: int, *, early_abort: bool = True) -> ConfigDict:
-    """The built-in tiny model on its own questions, with the budgets of `configs/tiny.py`."""
+def tiny_config(lanes: int, longest: int = 256, *, early_abort: bool = True) -> ConfigDict:
+    """The built-in tiny model on its own questions, by default with the budgets of `configs/tiny.py`."""
     config = base_config().unlock()
     config.model.checkpoint, config.model.dtype = "builtin:tiny", "float32"
     config.data = data_config(source="arithmetic", split="train", count=10_000)
     config.rollout.update(
-        lanes=lanes, max_prompt_tokens=32, max_response_tokens=256, budget_margin=16, early_abort=early_abort
+        lanes=lanes,
+        max_prompt_tokens=32,
+        max_response_tokens=longest,
+        budget_margin=16,
+        early_abort=early_abort,
     )
     return config.lock()
 

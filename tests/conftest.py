@@ -1,26 +1,73 @@
-"""Eight fake devices where sharding is tested; programs compiled once a session; one short run for all."""
+"""Eight fake devices where sharding is tested; programs compiled once a session; one short run for all.
 
+Whole folders are tested by a process a core, if pytest-xdist is there; `-n 0` asks for a single one.
+"""
+
+import fcntl
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 from hypothesis import settings
 
-_compiled = tempfile.TemporaryDirectory(prefix="step_grpo_compiled_")
+# The processes of a session inherit this environment: what one compiled the others read.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="step_grpo_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would spin on the cores of other processes
 
-import pytest  # noqa: E402 (after the environment that JAX reads)
-from short_run import ShortRun, short_config, train  # noqa: E402
+import pytest
+from short_run import ShortRun, short_config, train
 
 # Property tests without a deadline: the first call of a JAX function compiles it.
 settings.register_profile("compiling", deadline=None)
 settings.load_profile("compiling")
 
+MOST_PROCESSES = 4  # each may need two gigabytes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Spreads the files of whole folders over a process a core, unless the command line says otherwise.
+
+    Not `addopts`: that would need pytest-xdist also where it is missing or switched off, and would make a
+    single test wait for several processes.
+    """
+    option = config.option
+    is_process_of_a_session = hasattr(config, "workerinput")
+    if is_process_of_a_session or not config.pluginmanager.hasplugin("xdist"):
+        return
+    says_how = option.numprocesses is not None or option.dist != "no" or option.tx
+    if says_how or option.usepdb or option.collectonly or not all(os.path.isdir(a) for a in config.args):
+        return
+    option.numprocesses = min(MOST_PROCESSES, os.cpu_count() or 1)
+    option.dist = "loadfile"
+
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory) -> ShortRun:
-    """Two uninterrupted steps of the whole method on the built-in model; read it, never write to it."""
-    return train(short_config(), tmp_path_factory.mktemp("finished_run"))
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> ShortRun:
+    """Two uninterrupted steps of the whole method on the built-in model; read it, never write to it.
+
+    The first process that needs it makes it, the others wait.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the session's, above that of this process
+    return run_once(folder / "finished_run")
+
+
+def run_once(folder: Path) -> ShortRun:
+    """The short run in `folder / "workdir"`; made if it is not there or was never finished."""
+    folder.mkdir(exist_ok=True)
+    workdir, printed = folder / "workdir", folder / "printed.txt"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            shutil.rmtree(workdir, ignore_errors=True)
+            printed.write_text(train(short_config(), workdir).printed, encoding="utf-8")
+    return ShortRun(short_config(), workdir, printed.read_text(encoding="utf-8"))

@@ -22,9 +22,9 @@ SMALL = {
     "prompts_per_step": 4,
     "save_every": 1,
     "data": {"count": 200},
-    "rollout": {"samples": 4, "lanes": 8},
-    "grpo": {"prompts_per_update": 2, "rows": 2},
-    "eval": {"questions": 16, "data": {"count": 16}},
+    "rollout": {"samples": 4, "lanes": 8, "max_response_tokens": 160},
+    "grpo": {"prompts_per_update": 2, "rows": 2, "row_length": 192},
+    "eval": {"questions": 16, "data": {"count": 16}, "max_response_tokens": 160},
 }
 ONE_STEP = {
     "steps": 1,

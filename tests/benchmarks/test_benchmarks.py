@@ -34,7 +34,9 @@ def test_drawn_lengths_are_log_normal_with_sigma_one():
 
 
 def test_probe_tells_what_the_abort_saves_and_that_nothing_else_changes(capsys):
-    result = probe.main(["--probes=24", "--samples=2", "--lanes=16", "--tokens=8", "--repeats=1"])
+    result = probe.main(
+        ["--probes=24", "--samples=2", "--lanes=16", "--tokens=8", "--longest=80", "--repeats=1"]
+    )
     assert result == last_line(capsys)
     assert result["exits_equal"] is True
     assert result["probes"] >= 24 and 0 < result["declined"] < result["probes"]
@@ -43,8 +45,8 @@ def test_probe_tells_what_the_abort_saves_and_that_nothing_else_changes(capsys):
 
 
 def test_rollout_tells_every_ratio(capsys):
-    sizes = ["--prompts=4", "--samples=2", "--repeats=1", "--lanes=8", "--tokens=8", "--batches", "8"]
-    result = rollout.main(sizes)
+    sizes = "--prompts=4 --samples=2 --repeats=1 --lanes=8 --tokens=8 --longest=64 --batches 8"
+    result = rollout.main(sizes.split())
     assert result == last_line(capsys)
     for name in ("plain_vs_generate", "natural_vs_generate", "truncated_vs_restart"):
         assert result[name]["low"] <= result[name]["median"] <= result[name]["high"]

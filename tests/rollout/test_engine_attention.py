@@ -36,7 +36,7 @@ def params():
 
 
 @functools.cache
-def run(lanes=2, attention=XLA, dtype="float32"):
+def run(lanes=4, attention=XLA, dtype="float32"):
     engine = RolloutEngine(
         CFG,
         MACHINE,
@@ -44,7 +44,7 @@ def run(lanes=2, attention=XLA, dtype="float32"):
         lanes=lanes,
         max_prompt=8,
         dtype=jnp.dtype(dtype),
-        mesh=make_mesh(lanes),
+        mesh=make_mesh(max(1, lanes // 2)),
         attention=attention,
     )
     return engine(qwen.decode_params(params(), jnp.float32), PROMPTS, 8, jax.random.key(3))[0]
@@ -80,7 +80,7 @@ def test_kernels_make_the_completions_that_xla_makes(dtype):
 
 
 def test_int8_cache_makes_completions_that_do_not_depend_on_the_lanes():
-    for alone, beside in zip(run(1, dtype="int8"), run(4, dtype="int8"), strict=True):
+    for alone, beside in zip(run(1, dtype="int8"), run(dtype="int8"), strict=True):
         np.testing.assert_array_equal(alone.tokens, beside.tokens)
         assert alone.reason == beside.reason
 

@@ -16,6 +16,7 @@ from step_grpo.errors import UserError
 from step_grpo.mesh import make_mesh
 from step_grpo.model import qwen
 from step_grpo.model.load import load_model
+from step_grpo.rollout import programs
 from step_grpo.rollout.decode import fresh_lanes
 from step_grpo.rollout.engine import build_engine
 from step_grpo.rollout.exits import log_odds, sufficiency_score
@@ -184,8 +185,9 @@ def test_narrow_head_gives_the_logits_of_yes_and_no():
 
 
 @pytest.mark.parametrize(("name", "highest"), [("sufficiency", 100.0), ("verifier", 1.0)])
-def test_builtin_model_runs_with_the_thresholds_of_the_config(name, highest):
+def test_builtin_model_runs_with_the_thresholds_of_the_config(monkeypatch, name, highest):
     """A threshold that always passes ends the thinking at the first check, one that never does at none."""
+    monkeypatch.setattr(programs, "CAPACITY_LEVELS", 1)  # a growing cache is tested elsewhere
     config = base_config()
     config.model.checkpoint = "builtin:tiny"
     config.rollout.update({"exit": name, "lanes": 2, "max_prompt_tokens": 32, "yes_words": ("1",)})
