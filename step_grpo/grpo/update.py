@@ -60,11 +60,12 @@ class Measurements(NamedTuple):
 
 
 class Update(NamedTuple):
-    """Pure functions of one training run, all but `start` jitted; each compiles once for one shape of batch.
+    """Pure functions of one training run, all but `init` and `start` jitted; each compiles once for one shape of batch.
 
     Attributes:
-        init: params -> TrainState at step 0, which holds these very buffers. `apply` gives them away: keep a
-            copy of what must outlive it, such as the params of the reference.
+        init: params -> TrainState at step 0, which holds these very buffers; the optimizer's state lies where
+            they do. `apply` gives them away: keep a copy of what must outlive it, such as the params of the
+            reference.
         start: params -> (grads, sums), all zero, to accumulate into; on the devices of the params.
         logprobs: (params, packed batch) -> TokenLogprobs of its targets; also for the reference's params.
         accumulate: (params, grads, sums, batch) -> (grads, sums) with the sums of one micro-batch added;
@@ -173,14 +174,41 @@ def make_update(
         return _apply(optimizer, state, grads, sums)
 
     def init(params: Params) -> TrainState:
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
+        def fresh(params: Params) -> tuple[jax.Array, optax.OptState]:
+            return jnp.int32(0), optimizer.init(params)
+
+        step, opt_state = jax.jit(fresh, out_shardings=fresh_shardings(optimizer, params))(params)
+        return TrainState(step, params, opt_state)
 
     return Update(
-        init=jax.jit(init),
+        init=init,
         start=_zeros,
         logprobs=jax.jit(logprobs),
         accumulate=jax.jit(accumulate, donate_argnums=(1, 2)),
         apply=jax.jit(apply, donate_argnums=(0, 1)),
+    )
+
+
+def fresh_shardings(optimizer: optax.GradientTransformation, params: Params) -> Any:
+    """Where step and optimizer state of a fresh `TrainState` lie: a moment where its param does.
+
+    Left to the compiler, every device would hold all of them: zeros depend on nothing that says where.
+
+    Args:
+        optimizer: of the run.
+        params: arrays, or their shapes with shardings.
+
+    Returns:
+        A tree of shardings; None where the params are not on a mesh.
+    """
+    where = jax.tree.map(lambda param: param.sharding, params)
+    first = jax.tree.leaves(where)[0]
+    if not isinstance(first, NamedSharding):
+        return None
+    everywhere = NamedSharding(first.mesh, PartitionSpec())
+    state = jax.eval_shape(optimizer.init, params)
+    return everywhere, optax.tree.map_params(
+        optimizer, lambda _, of_param: of_param, state, where, transform_non_params=lambda _: everywhere
     )
 
 

@@ -177,21 +177,23 @@ class RolloutEngine:
         """
         if self._programs is None:
             lanes = self.lanes or self._lanes_that_fit(completions)
-            ladder = make_ladder(lanes, self.capacity, self.max_prompt, self._groups, annex=self._has_annex)
-            rows = max(1, lanes // self._groups // REFILL_SHARE)
-            self._programs = Programs(
-                self.cfg,
-                self.machine,
-                self.vocab,
-                params,
-                self._judge_params,
-                ladder,
-                rows=rows,
-                dtype=self.dtype,
-                mesh=self.mesh,
-                attention=self._attention,
-            )
+            self._programs = self.programs(lanes).compile(params)
         return self._programs
+
+    def programs(self, lanes: int) -> Programs:
+        """The programs for so many lanes over all devices, not yet compiled."""
+        ladder = make_ladder(lanes, self.capacity, self.max_prompt, self._groups, annex=self._has_annex)
+        return Programs(
+            self.cfg,
+            self.machine,
+            self.vocab,
+            self._judge_params,
+            ladder,
+            rows=max(1, lanes // self._groups // REFILL_SHARE),
+            dtype=self.dtype,
+            mesh=self.mesh,
+            attention=self._attention,
+        )
 
     def _lanes_that_fit(self, completions: int) -> int:
         wanted = round_up(completions, self._groups) // self._groups
