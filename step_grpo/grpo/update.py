@@ -60,7 +60,7 @@ class Measurements(NamedTuple):
 
 
 class Update(NamedTuple):
-    """Pure functions of one training run, all but `init` and `start` jitted; each compiles once for one shape of batch.
+    """Pure functions of one training run, all but two jitted; each compiles once for one shape of batch.
 
     Attributes:
         init: params -> TrainState at step 0, which holds these very buffers; the optimizer's state lies where

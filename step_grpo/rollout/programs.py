@@ -286,7 +286,7 @@ class Programs:
     def _lower(self, function, arguments, in_specs, out_specs, donate=()):
         def lower():
             sharded = self._on_each_device(function, in_specs, out_specs)
-            # Said of outputs too: an array of size 0 would else lose its sharding, and its next reader refuse it.
+            # Said of outputs too: an array of size 0 would else lose its sharding, and its reader refuse it.
             where = self._where(jax.eval_shape(sharded, *arguments))
             return jax.jit(sharded, donate_argnums=donate, out_shardings=where).lower(*arguments)
 
