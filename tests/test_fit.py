@@ -268,7 +268,7 @@ def test_lanes_and_rows_are_the_most_that_fit():
     verdict = verdict_of()
     lanes, rows = check.largest_lanes(verdict, stub_measure), check.largest_rows(verdict, stub_measure)
     limit = verdict.plan.limit / GIB
-    assert 36 + 4 + 4 + 1.5 * lanes <= limit < 36 + 4 + 4 + 1.5 * (lanes + 1) + 4
+    assert 40 + 1.5 * lanes <= limit < 40 + 1.5 * (lanes + 1)
     assert rows % 2 == 0 and 41 + rows <= limit < 41 + rows + 2
 
 
