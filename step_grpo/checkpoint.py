@@ -1,12 +1,12 @@
 """Checkpoints of a run: everything that resuming or exporting needs, in one folder a step.
 
 `WORKDIR/checkpoints/000010/` holds `params/` and `optimizer/` (Orbax), `model/` (configs and tokenizer, as
-in a Hugging Face folder) and `run.json` (step, data cursor, config). It appears under its name only when it
-is complete. Orbax's interface is used here alone.
+in a Hugging Face folder) and `run.json` (step, data cursor, config), written last: a folder without it is no
+checkpoint. On a disk the folder even appears under its name only when it is complete. Orbax's interface is
+used here alone.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from orbax.checkpoint.experimental import v1 as ocp
 
+from step_grpo import paths
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.errors import UserError
 from step_grpo.grpo.update import TrainState
@@ -52,18 +53,14 @@ def save(
 ) -> Path:
     """Writes the checkpoint of a step and removes all but the newest few; returns its folder."""
     folder = workdir / "checkpoints" / f"{progress.step:06d}"
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    ocp.save(partial.absolute() / "params", state.params)
-    ocp.save(partial.absolute() / "optimizer", {"step": state.step, "state": state.opt_state})
-    save_description(described, partial / "model")
-    run = {"step": progress.step, "cursor": progress.cursor, "config": config.to_dict()}
-    write_json(partial / RUN, json.loads(json.dumps(run)))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with paths.replaced(folder, marker=RUN) as partial:
+        ocp.save(paths.absolute(partial) / "params", state.params)
+        ocp.save(paths.absolute(partial) / "optimizer", {"step": state.step, "state": state.opt_state})
+        save_description(described, partial / "model")
+        run = {"step": progress.step, "cursor": progress.cursor, "config": config.to_dict()}
+        write_json(partial / RUN, json.loads(json.dumps(run)))
     for old in saved_steps(workdir)[: -config.keep_checkpoints]:
-        shutil.rmtree(old)
+        paths.remove(old, marker=RUN)
     return folder
 
 
@@ -153,7 +150,7 @@ def open_model(name: str | Path, mesh: Mesh | None = None) -> Opened:
     Raises:
         UserError: there is no such checkpoint, or it does not load.
     """
-    folder = Path(name)
+    folder = paths.folder(name)
     if steps := saved_steps(folder):
         folder = steps[-1]
     if (folder / RUN).is_file():
@@ -165,7 +162,7 @@ def open_model(name: str | Path, mesh: Mesh | None = None) -> Opened:
         )
         params = _load(folder / "params", shapes)
         settings = read_json(folder / RUN)["config"]
-        return Opened(described, params, folder / "model", settings["export_dtype"], settings)
+        return Opened(described, params, paths.fetched(folder / "model"), settings["export_dtype"], settings)
     source = load_checkpoint(resolve_checkpoint(str(name), field="--checkpoint"))
     tokenizer = load_tokenizer(str(source.folder), where="--checkpoint")
     described = Description(source.config, source.hf_config, source.generation, source.eos_ids, tokenizer)
@@ -175,7 +172,7 @@ def open_model(name: str | Path, mesh: Mesh | None = None) -> Opened:
 def read_description(folder: Path) -> Description:
     """What `save_description` wrote."""
     hf_config, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
-    tokenizer = load_tokenizer(str(folder), where="--checkpoint")
+    tokenizer = load_tokenizer(str(paths.fetched(folder)), where="--checkpoint")
     return Description(
         config_from_hf(hf_config), hf_config, generation, eos_ids_of(generation, hf_config), tokenizer
     )
@@ -191,7 +188,7 @@ def _load(path: Path, like: Any) -> Any:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one), like
     )
     try:
-        return ocp.load(path.absolute(), abstract)
+        return ocp.load(paths.absolute(path), abstract)
     except Exception as error:  # Orbax raises types of many libraries for a damaged folder
         reason = " ".join(str(error).split())[:200]
         raise UserError(

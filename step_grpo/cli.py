@@ -28,6 +28,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from step_grpo import paths
 from step_grpo.errors import UserError
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
@@ -128,7 +129,9 @@ def _unknown_flag(argument: str, names: list[str]) -> UserError:
 
 
 def _folder(name: str, value: str) -> Path:
-    """A folder that exists or can be made."""
+    """A folder that exists or can be made, or one in a bucket that can be written to."""
+    if paths.is_remote(value):
+        return _folder_in_bucket(name, value)
     path = Path(value).expanduser()
     nearest = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not value or not nearest.is_dir():
@@ -136,6 +139,20 @@ def _folder(name: str, value: str) -> Path:
     if not os.access(nearest, os.W_OK):
         raise UserError(f"--{name}={value}: {nearest} is not writable; name a folder that is")
     return path
+
+
+def _folder_in_bucket(name: str, value: str) -> Path:
+    if not re.match(r"gs://[^/]+/[^/]", value):
+        raise UserError(f"--{name}={value}: name a folder in a bucket, gs://BUCKET/FOLDER")
+    probe = paths.folder(value) / ".writable"
+    try:
+        probe.write_text("")
+        probe.unlink(missing_ok=True)
+    except ImportError:
+        raise UserError(f"--{name}={value}: needs more packages; pip install 'step_grpo[gcs]'") from None
+    except Exception as error:  # whatever the client of the bucket raises
+        raise UserError(f"--{name}={value}: cannot be written ({error or type(error).__name__})") from None
+    return paths.folder(value)
 
 
 # ---------------------------------------------------------------- the config file

@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from step_grpo import cli
+from step_grpo import cli, paths
 from step_grpo.checkpoint import open_model
 from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, encode_prompts
 from step_grpo.data.sources import load_questions
 from step_grpo.errors import UserError
-from step_grpo.mesh import make_mesh, seen_from, shardings, share_of, use_all_cores
+from step_grpo.mesh import mesh_of, seen_from, shardings, share_of, use_all_cores
 from step_grpo.model import qwen
 from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description
@@ -38,7 +38,7 @@ def main(config: ConfigDict, checkpoint: str, workdir: Path = Path("workdir")) -
     """Evaluates a checkpoint and writes `completions.jsonl` and `evaluation.json`."""
     validate(config)
     use_all_cores()
-    mesh = make_mesh(config.rollout.lanes, **config.mesh)
+    mesh = mesh_of(config.mesh, config.rollout.lanes)
     opened = open_model(checkpoint, mesh)
     described = opened.described
     prompts = evaluation_prompts(described, config)
@@ -47,7 +47,7 @@ def main(config: ConfigDict, checkpoint: str, workdir: Path = Path("workdir")) -
     with Grader(config.reward.grading_workers, config.reward.grading_deadline) as grader:
         scored = evaluate(described, engine, params, prompts, config, grader, "evaluating")
     figures = summarise(scored)
-    workdir.mkdir(parents=True, exist_ok=True)
+    paths.make(workdir)
     write_completions(workdir / "completions.jsonl", scored)
     (workdir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     Console().print(evaluation_table({"": figures}))

@@ -7,11 +7,12 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from step_grpo import cli
+from step_grpo import cli, paths
 from step_grpo.checkpoint import open_model
 from step_grpo.errors import UserError
 from step_grpo.model.qwen import Params
@@ -51,7 +52,7 @@ def export(checkpoint: str | Path, out: str | Path, *, dtype: str | None = None)
     Raises:
         UserError: the checkpoint does not load, or `out` holds something else than an export.
     """
-    check_out(Path(out))
+    check_out(paths.folder(out))
     source = open_model(checkpoint)
     return write_hf_folder(
         out,
@@ -92,14 +93,16 @@ def write_hf_folder(
     Raises:
         UserError: an unknown dtype, no tokenizer, or `out` holds something else than an export.
     """
-    out, tokenizer_folder = Path(os.path.abspath(out)), Path(tokenizer_folder)
+    out = paths.folder(out if paths.is_remote(out) else os.path.abspath(out))
+    tokenizer_folder = paths.fetched(paths.folder(tokenizer_folder))
     check_out(out)
     check_dtype(dtype)
     if not (tokenizer_folder / "tokenizer.json").is_file():
         raise UserError(
             f"{tokenizer_folder}: tokenizer.json is missing; put the model's tokenizer files there"
         )
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
+    parent = Path(tempfile.gettempdir()) if paths.is_remote(out) else out.parent
+    partial = parent / f".{out.name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
         save_params(params, hf_config, partial, dtype=dtype)
@@ -113,7 +116,7 @@ def write_hf_folder(
         )
         files = sorted(path.name for path in partial.iterdir())
         write_json(partial / MANIFEST, {"card": card, "files": [*files, MANIFEST]})
-        _replace(partial, out)
+        (_send if paths.is_remote(out) else _replace)(partial, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
     finally:
@@ -127,9 +130,10 @@ def check_out(out: Path) -> None:
     Raises:
         UserError: naming what is in the way.
     """
-    if not os.path.lexists(out):
+    remote = paths.is_remote(out)
+    if not (out.exists() if remote else os.path.lexists(out)):
         return
-    if not out.is_dir() or out.is_symlink():
+    if not out.is_dir() or (not remote and out.is_symlink()):
         raise UserError(f"{out}: is a file or a link; name a folder that does not exist yet")
     found = {path.name for path in out.iterdir()}
     if found and MANIFEST not in found:
@@ -216,6 +220,20 @@ def _replace(partial: Path, out: Path) -> None:
         out.rename(old)
     partial.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _send(partial: Path, out: Path) -> None:
+    """Copies a complete folder into a bucket, over nothing or a previous export.
+
+    Nobody loads an export without its `config.json`, so that is the first to go and the last to come; at any
+    time a manifest names whatever is there.
+    """
+    order = ["config.json", *_manifest(out)["files"]]
+    for name in sorted(set(order) - {MANIFEST}, key=order.index):
+        (out / name).unlink(missing_ok=True)
+    names = sorted(path.name for path in partial.iterdir())
+    for name in sorted(names, key=lambda name: (name != MANIFEST, name == "config.json")):
+        paths.send(partial / name, out / name)
 
 
 def main(checkpoint: str, out: Path, dtype: str = "") -> None:

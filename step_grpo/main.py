@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from step_grpo import checkpoint, cli
+from step_grpo import checkpoint, cli, paths
 from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, encode_prompts
 from step_grpo.data.sources import load_questions, take
@@ -37,7 +37,7 @@ from step_grpo.grpo.advantages import group_advantages
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.settings import GrpoSettings
 from step_grpo.grpo.update import Measurements, TrainBatch, TrainState, Update, adamw, make_update
-from step_grpo.mesh import make_mesh, over_data, row_shares, share_of, use_all_cores
+from step_grpo.mesh import mesh_of, over_data, row_shares, share_of, use_all_cores
 from step_grpo.metrics import MetricsWriter, read_metrics
 from step_grpo.model import qwen
 from step_grpo.model.attention import choose_attention
@@ -60,7 +60,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
     use_all_cores()
 
     # ------------------------------------------------------------------ model
-    mesh = make_mesh(config.rollout.lanes, config.grpo.rows, **config.mesh)
+    mesh = mesh_of(config.mesh, config.rollout.lanes, config.grpo.rows)
     sampling = share_of(mesh, jax.process_index())
     described, reference = load_model(config.model, config.seed, mesh)
     update = build_update(described.config, config, optimizer_of(config.grpo), mesh)
@@ -88,7 +88,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
         attention=choose_attention(config.model.attention, sampling),
     )
     plain = evaluation_engine(described, config, sampling)
-    workdir.mkdir(parents=True, exist_ok=True)
+    paths.make(workdir)
     run_key = jax.random.fold_in(jax.random.key(config.seed), TRAINING_STREAM)
 
     with Grader(config.reward.grading_workers, config.reward.grading_deadline) as grader:

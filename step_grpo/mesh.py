@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from step_grpo.errors import UserError
 
@@ -73,6 +74,11 @@ def make_mesh(
             f"config.mesh of {sizes} uses {count} of {len(devices)} devices; hosts can only be used whole"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=list(devices)[:count])
+
+
+def mesh_of(config: ConfigDict, *shared: int) -> Mesh:
+    """The mesh that the `mesh` part of a config asks for; `shared` and errors as of `make_mesh`."""
+    return make_mesh(*shared, data=config.data, fsdp=config.fsdp, tensor=config.tensor)
 
 
 def mesh_sizes(devices: int, wanted: Mapping[str, int], shared: int) -> tuple[int, ...]:
@@ -168,6 +174,8 @@ def spec_of(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None 
                 "devices; use a divisor of it"
             )
         spec.append(over[0] if len(over) == 1 else over or None)
+    while spec and spec[-1] is None:  # as the compiler writes them: equal places compare equal
+        spec.pop()
     return PartitionSpec(*spec)
 
 

@@ -6,16 +6,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from step_grpo import paths
+
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl`; each line reaches the disk before `write` returns."""
+    """Appends to `metrics.jsonl`; each line reaches the disk or bucket before `write` returns."""
 
     def __init__(self, path: Path, first_step: int = 0):
         """Opens the file; lines of steps after `first_step`, left by a run that is resumed, are dropped."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        paths.make(path.parent)
         keep = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
         path.write_text("".join(json.dumps(line) + "\n" for line in keep), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._file = paths.append_to(path)
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Writes one line; a figure that is not finite becomes null."""

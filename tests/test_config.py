@@ -122,6 +122,7 @@ def test_every_field_is_read_by_the_program():
 
 
 WRONG = {
+    **{f"mesh.{axis}": -1 for axis in ("data", "fsdp", "tensor")},
     "seed": -1,
     "steps": 0,
     "prompts_per_step": 0,
@@ -184,7 +185,7 @@ WRONG = {
     "grpo.kl_coef": -1.0,
     "grpo.old_logprobs": "rollout",
     "grpo.row_length": 18431,
-    "grpo.rows": 0,
+    "grpo.rows": -1,
     "grpo.logprob_chunk": 0,
     "eval.questions": -1,
     "eval.temperature": -0.1,

@@ -212,7 +212,7 @@ def optimizer_state(run):
     from step_grpo.main import build_update, optimizer_of
 
     opened = checkpoint.open_model(run.workdir)
-    update = build_update(opened.described.config, run.config, optimizer_of(run.config.grpo))
+    update = build_update(opened.described.config, run.config, optimizer_of(run.config.grpo), make_mesh(1))
     state = update.init(opened.params)
     return {"step": state.step, "state": state.opt_state}
 
@@ -226,7 +226,7 @@ def test_what_is_recomputed_reaches_the_program_of_the_update():
 
     def program(remat):
         config = short_config({"model": {"remat": remat}})
-        update = build_update(cfg, config, optimizer_of(config.grpo))
+        update = build_update(cfg, config, optimizer_of(config.grpo), make_mesh(1))
         return str(jax.make_jaxpr(update.logprobs)(abstract_params(cfg), packed))
 
     assert program("full") == program("full")
@@ -329,7 +329,7 @@ def test_number_of_devices_changes_nothing(finished_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shared", "devices"), [((128, 16), 8), ((12, 16), 4), ((6,), 2), ((5, 8), 1), ((), 8)]
+    ("shared", "devices"), [((128, 16), 8), ((12, 16), 4), ((6,), 6), ((5, 8), 1), ((), 8)]
 )
 def test_mesh_has_as_many_devices_as_divide_rows_and_lanes(shared, devices):
     assert jax.device_count() == 8

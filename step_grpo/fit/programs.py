@@ -26,7 +26,7 @@ from step_grpo.fit.architectures import architecture_of
 from step_grpo.fit.chips import chip_count, chip_of
 from step_grpo.grpo.loss import LossSums
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
-from step_grpo.grpo.update import TrainBatch, TrainState, fresh_shardings
+from step_grpo.grpo.update import TrainBatch, TrainState, moments_beside
 from step_grpo.main import build_update, optimizer_of
 from step_grpo.mesh import axis_size, make_mesh, over_data, replicated, row_shares, shardings, share_of
 from step_grpo.model import qwen
@@ -122,9 +122,10 @@ class Run:
     def state(self) -> TrainState:
         """What an update changes."""
         optimizer = optimizer_of(self.config.grpo)
-        step, where = fresh_shardings(optimizer, self.params)
-        opt_state = placed(jax.eval_shape(optimizer.init, self.params), where)
-        return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=step), self.params, opt_state)
+        shapes = jax.eval_shape(optimizer.init, self.params)
+        opt_state = placed(shapes, moments_beside(optimizer, shapes, self.params))
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh))
+        return TrainState(step, self.params, opt_state)
 
     def decode_weights(self, mesh: Mesh) -> qwen.Params:
         """The weights as the rollout reads them, over the whole mesh or over that of a host."""

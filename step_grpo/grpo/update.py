@@ -60,18 +60,17 @@ class Measurements(NamedTuple):
 
 
 class Update(NamedTuple):
-    """Pure functions of one training run, all but two jitted; each compiles once for one shape of batch.
+    """Pure functions of one training run; each compiles once for one shape of batch.
 
     Attributes:
-        init: params -> TrainState at step 0, which holds these very buffers; the optimizer's state lies where
-            they do. `apply` gives them away: keep a copy of what must outlive it, such as the params of the
-            reference.
+        init: params -> TrainState at step 0, which holds these very buffers. `apply` gives them away: keep a
+            copy of what must outlive it, such as the params of the reference.
         start: params -> (grads, sums), all zero, to accumulate into; on the devices of the params.
         logprobs: (params, packed batch) -> TokenLogprobs of its targets; also for the reference's params.
         accumulate: (params, grads, sums, batch) -> (grads, sums) with the sums of one micro-batch added;
             `grads` and `sums` are donated.
-        apply: (state, grads, sums) -> (state, measurements); all but the sums are donated. With no trained
-            token the state comes back as it was.
+        apply: (state, grads, sums) -> (state, measurements); `state` is donated. With no trained token the
+            state comes back as it was.
     """
 
     init: Callable[[Params], TrainState]
@@ -174,56 +173,49 @@ def make_update(
         return _apply(optimizer, state, grads, sums)
 
     def init(params: Params) -> TrainState:
-        def fresh(params: Params) -> tuple[jax.Array, optax.OptState]:
-            return jnp.int32(0), optimizer.init(params)
-
-        step, opt_state = jax.jit(fresh, out_shardings=fresh_shardings(optimizer, params))(params)
-        return TrainState(step, params, opt_state)
+        state = jax.eval_shape(optimizer.init, params)
+        make = jax.jit(optimizer.init, out_shardings=moments_beside(optimizer, state, params))
+        step = _zero((), _everywhere(params), jnp.int32)
+        return TrainState(step, params, make(params))
 
     return Update(
         init=init,
         start=_zeros,
         logprobs=jax.jit(logprobs),
         accumulate=jax.jit(accumulate, donate_argnums=(1, 2)),
-        apply=jax.jit(apply, donate_argnums=(0, 1)),
-    )
-
-
-def fresh_shardings(optimizer: optax.GradientTransformation, params: Params) -> Any:
-    """Where step and optimizer state of a fresh `TrainState` lie: a moment where its param does.
-
-    Left to the compiler, every device would hold all of them: zeros depend on nothing that says where.
-
-    Args:
-        optimizer: of the run.
-        params: arrays, or their shapes with shardings.
-
-    Returns:
-        A tree of shardings; None where the params are not on a mesh.
-    """
-    where = jax.tree.map(lambda param: param.sharding, params)
-    first = jax.tree.leaves(where)[0]
-    if not isinstance(first, NamedSharding):
-        return None
-    everywhere = NamedSharding(first.mesh, PartitionSpec())
-    state = jax.eval_shape(optimizer.init, params)
-    return everywhere, optax.tree.map_params(
-        optimizer, lambda _, of_param: of_param, state, where, transform_non_params=lambda _: everywhere
+        apply=jax.jit(apply, donate_argnums=(0,)),
     )
 
 
 def _zeros(params: Params) -> tuple[Params, LossSums]:
     """Zeros that lie where `accumulate` leaves its sums: elsewhere, its second call would compile anew."""
+    grads = jax.tree.map(lambda param: _zero(param.shape, param.sharding), params)
+    return grads, LossSums(*(_zero((), _everywhere(params)) for _ in LossSums._fields))
 
-    def zeros(shape: tuple[int, ...], where: jax.sharding.Sharding) -> jax.Array:
-        # A device given by name commits an array to it; params on the default device are not committed.
-        return jnp.zeros(shape, jnp.float32, device=where if isinstance(where, NamedSharding) else None)
 
-    everywhere = jax.tree.leaves(params)[0].sharding
-    if isinstance(everywhere, NamedSharding):
-        everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
-    grads = jax.tree.map(lambda param: zeros(param.shape, param.sharding), params)
-    return grads, LossSums(*(zeros((), everywhere) for _ in LossSums._fields))
+def _zero(shape: tuple[int, ...], where: jax.sharding.Sharding, dtype: Any = jnp.float32) -> jax.Array:
+    # A device given by name commits an array to it; params on the default device are not committed.
+    return jnp.zeros(shape, dtype, device=where if isinstance(where, NamedSharding) else None)
+
+
+def moments_beside(optimizer: optax.GradientTransformation, state: optax.OptState, params: Params) -> Any:
+    """Where an optimizer's state lies: moments where their params do, for zeros know of no place."""
+    everywhere = _everywhere(params)
+    if not isinstance(everywhere, NamedSharding):
+        return None
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, param: param.sharding,
+        state,
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+
+
+def _everywhere(params: Params) -> jax.sharding.Sharding:
+    """A copy on every device of the params."""
+    where = jax.tree.leaves(params)[0].sharding
+    return NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
 
 
 def _apply(

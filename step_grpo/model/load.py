@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from step_grpo import paths
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.errors import UserError
 from step_grpo.model.qwen import Params, QwenConfig, config_from_hf
@@ -83,13 +84,13 @@ def check_vocabulary(described: Description) -> None:
 
 def save_description(described: Description, folder: Path) -> None:
     """Writes configs and tokenizer, the part of a Hugging Face folder that is not weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", described.hf_config)
-    write_json(folder / "generation_config.json", described.generation)
     source = Path(described.tokenizer.name_or_path)
-    if (source / "tokenizer.json").is_file():
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-    else:
-        described.tokenizer.save_pretrained(folder)
+    with paths.written_locally(folder) as local:
+        write_json(local / "config.json", described.hf_config)
+        write_json(local / "generation_config.json", described.generation)
+        if (source / "tokenizer.json").is_file():
+            for name in TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, local / name)
+        else:
+            described.tokenizer.save_pretrained(local)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import step_grpo
+from step_grpo import paths
 from step_grpo.errors import UserError
 from step_grpo.hub import offline
 from step_grpo.mesh import shardings
@@ -113,9 +114,9 @@ def resolve_checkpoint(name: str, field: str = "config.model.checkpoint") -> Pat
                 f"{field}: there is no {name!r} in this installation; the built-in is 'builtin:tiny'"
             )
         return folder
-    folder = Path(name).expanduser()
+    folder = paths.folder(name).expanduser()
     if name and folder.is_dir():
-        return folder
+        return paths.fetched(folder)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise UserError(
             f"{field}: {name!r} is no folder; give a folder, a Hub name org/name, or builtin:tiny"
@@ -308,10 +309,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes JSON as transformers does, under a temporary name until it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Writes JSON as transformers does, the whole file or none."""
+    paths.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _snapshot(name: str, field: str) -> Path:

@@ -1,0 +1,272 @@
+"""The mesh: sizes, where arrays lie, and that neither a gradient nor a completion depends on it."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from step_grpo.config import base_config
+from step_grpo.errors import UserError
+from step_grpo.evaluate import decode_ready
+from step_grpo.grpo.packing import Sample, pack
+from step_grpo.grpo.update import TrainBatch, Update
+from step_grpo.main import build_update, optimizer_of
+from step_grpo.mesh import make_mesh, mesh_sizes, over_data, replicated, shardings, share_of, spec_of
+from step_grpo.model import qwen
+from step_grpo.model.attention import choose_attention
+from step_grpo.rollout.engine import RolloutEngine
+from step_grpo.rollout.phases import Machine
+from step_grpo.rollout.policies import Confidence
+from step_grpo.rollout.triggers import build_vocabulary
+
+CFG = qwen.QwenConfig(
+    vocab_size=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e4,
+    rms_eps=1e-6, tied=True, qk_norm=True, qkv_bias=False, init_std=0.2,
+)  # fmt: skip
+UNTIED = qwen.QwenConfig(**{**CFG.__dict__, "tied": False, "qk_norm": False, "qkv_bias": True})
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 1, 2)]
+
+
+def mesh_of_sizes(sizes):
+    data, fsdp, tensor = sizes
+    devices = jax.devices()[: data * fsdp * tensor]
+    return make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
+
+
+# ---------------------------------------------------------------------- sizes and places
+
+
+@pytest.mark.parametrize(
+    ("devices", "wanted", "shared", "sizes"),
+    [
+        (8, (0, 1, 1), 0, (8, 1, 1)),
+        (8, (1, 0, 1), 16, (1, 8, 1)),
+        (8, (1, 0, 2), 16, (1, 4, 2)),
+        (8, (2, 0, 2), 0, (2, 2, 2)),
+        (8, (1, 0, 2), 6, (1, 3, 2)),  # two devices are left over
+        (8, (2, 2, 0), 8, (2, 2, 2)),
+        (1, (1, 0, 1), 5, (1, 1, 1)),
+        (8, (2, 2, 2), 4, (2, 2, 2)),
+    ],
+)
+def test_open_axis_takes_what_the_others_leave(devices, wanted, shared, sizes):
+    assert mesh_sizes(devices, dict(zip(("data", "fsdp", "tensor"), wanted, strict=True)), shared) == sizes
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shared", "message"),
+    [
+        ((0, 0, 1), 0, "config.mesh.data and config.mesh.fsdp are 0"),
+        ((4, 4, 1), 0, "needs 16 devices; there are 8"),
+        ((1, 0, 16), 0, "needs 16 devices; there are 8"),
+        ((2, 4, 1), 12, "must divide config.grpo.rows and config.rollout.lanes"),
+        ((3, 0, 1), 8, "must divide config.grpo.rows and config.rollout.lanes"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(wanted, shared, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        mesh_sizes(8, dict(zip(("data", "fsdp", "tensor"), wanted, strict=True)), shared)
+
+
+def test_axis_that_does_not_spread_is_refused_by_its_name():
+    with pytest.raises(UserError, match=r"mesh\.tensor: the model's kv_heads axis of 2 .* over 4 devices"):
+        shardings(make_mesh(data=2, tensor=4), qwen.logical_axes(CFG), qwen.abstract_params(CFG))
+
+
+def test_unknown_and_missing_axes_are_whole_on_every_device():
+    assert spec_of(make_mesh(data=8), ["rows", "embed", "heads", None]) == PartitionSpec("data")
+    assert spec_of(make_mesh(data=2, fsdp=4), ["rows", None]) == PartitionSpec(("data", "fsdp"))
+
+
+# ---------------------------------------------------------------------- the update
+
+
+def samples():
+    rng = np.random.default_rng(3)
+    made = []
+    for p, c in [(3, 9), (2, 21), (4, 1), (1, 14), (3, 6), (2, 0), (5, 20), (1, 24), (6, 17), (2, 8)]:
+        made.append(
+            Sample(
+                prompt_ids=rng.integers(0, CFG.vocab_size, p),
+                completion_ids=rng.integers(0, CFG.vocab_size, c),
+                advantage=float(rng.normal()),
+                sampler_logprobs=-4 + rng.random(c).astype(np.float32),
+                loss_mask=(rng.random(c) < 0.8).astype(np.float32),
+            )
+        )
+    return made
+
+
+def update_on(cfg, mesh, chunk=64) -> Update:
+    config = base_config()
+    config.model.dtype, config.model.attention = "float32", "xla"
+    config.grpo.logprob_chunk, config.grpo.kl_coef, config.grpo.learning_rate = chunk, 0.1, 1e-2
+    return build_update(cfg, config, optimizer_of(config.grpo), mesh)
+
+
+def params_on(cfg, mesh, seed=0):
+    return jax.device_put(
+        whole_params(cfg, seed), shardings(mesh, qwen.logical_axes(cfg), qwen.abstract_params(cfg))
+    )
+
+
+@functools.cache
+def whole_params(cfg, seed):
+    return jax.device_get(qwen.init_params(cfg, seed))
+
+
+def gradient(cfg, sizes, *, rows, row_length=32, chunk=64, packed=True):
+    """Gradient sums of all samples against another old policy and reference."""
+    mesh = mesh_of_sizes(sizes)
+    update = update_on(cfg, mesh, chunk)
+    policy, old, reference = (params_on(cfg, mesh, seed) for seed in range(3))
+    parts = [samples()] if packed else [[sample] for sample in samples()]
+    grads, sums = update.start(policy)
+    for part in parts:
+        for batch in pack(part, row_length=row_length, rows=rows):
+            placed = jax.device_put(batch, over_data(mesh))
+            compared = (update.logprobs(weights, placed).logprobs for weights in (old, reference))
+            grads, sums = update.accumulate(policy, grads, sums, TrainBatch(placed, *compared))
+    return jax.device_get(grads), jax.device_get(sums)
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def alone(request):
+    cfg = {"tied": CFG, "untied": UNTIED}[request.param]
+    return cfg, gradient(cfg, (1, 1, 1), rows=8)
+
+
+def assert_same(found, expected):
+    (grads, sums), (grads_there, sums_there) = found, expected
+    for name, value in zip(sums._fields, sums, strict=True):
+        np.testing.assert_allclose(value, getattr(sums_there, name), rtol=1e-5, err_msg=name)
+    for (path, grad), there in zip(
+        jax.tree.leaves_with_path(grads), jax.tree.leaves(grads_there), strict=True
+    ):
+        scale = np.abs(there).max()
+        np.testing.assert_allclose(grad, there, rtol=0, atol=1e-5 * scale, err_msg=str(path))
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_gradient_does_not_depend_on_the_mesh(alone, sizes):
+    cfg, expected = alone
+    assert_same(gradient(cfg, sizes, rows=8), expected)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"sizes": (1, 1, 1), "rows": 1},  # several micro-batches
+        {"sizes": (2, 1, 1), "rows": 2},
+        {"sizes": (2, 2, 2), "rows": 4, "chunk": 8},
+        {"sizes": (1, 1, 1), "rows": 8, "chunk": 16, "row_length": 40},
+        {"sizes": (1, 1, 1), "rows": 1, "packed": False},
+    ],
+)
+def test_gradient_does_not_depend_on_packing_micro_batches_and_chunks(alone, way):
+    cfg, expected = alone
+    assert_same(gradient(cfg, **way), expected)
+
+
+def test_state_lies_and_stays_where_its_weights_do():
+    mesh = mesh_of_sizes((2, 2, 2))
+    update = update_on(CFG, mesh)
+    state = update.init(params_on(CFG, mesh))
+    where = jax.tree.map(lambda w: w.sharding, params_on(CFG, mesh))
+
+    def check(state):
+        adam = state.opt_state[1]
+        for tree in (state.params, adam.mu, adam.nu):
+            jax.tree.map(
+                lambda w, at: w.sharding.is_equivalent_to(at, w.ndim) or pytest.fail(str(at)), tree, where
+            )
+
+    check(state)
+    (batch,) = pack(samples(), row_length=48, rows=4)
+    placed = jax.device_put(batch, over_data(mesh))
+    old = update.logprobs(state.params, placed).logprobs
+    for _ in range(2):
+        grads, sums = update.start(state.params)
+        grads, sums = update.accumulate(state.params, grads, sums, TrainBatch(placed, old, old))
+        state, _ = update.apply(state, grads, sums)
+        check(state)
+    assert [f._cache_size() for f in (update.logprobs, update.accumulate, update.apply)] == [1, 1, 1]
+
+
+def collectives(program: str, kind: str) -> list[tuple[int, ...]]:
+    """Shapes of what the collectives of a kind make."""
+    shapes = re.findall(rf"= \(?\w+\[([\d,]*)\][^=]*? {kind}\(", program)
+    return [tuple(int(n) for n in shape.split(",") if n) for shape in shapes]
+
+
+@pytest.mark.parametrize("cfg", [CFG, UNTIED])
+def test_update_gathers_neither_vocabulary_nor_logits(cfg):
+    mesh = mesh_of_sizes((1, 2, 2))
+    update = update_on(cfg, mesh, chunk=16)
+    (batch,) = pack(samples(), row_length=48, rows=4)
+    placed = TrainBatch(
+        jax.device_put(batch, over_data(mesh)), *[jax.device_put(batch.mask, over_data(mesh))] * 2
+    )
+    params = params_on(cfg, mesh)
+    program = update.accumulate.lower(params, *update.start(params), placed).compile().as_text()
+    gathered = collectives(program, "all-gather")
+    assert any(cfg.width in shape for shape in gathered)  # the weights of a layer, and tiles of the head
+    assert not any(cfg.vocab_size in shape for shape in gathered)
+
+
+# ---------------------------------------------------------------------- the rollout
+
+
+TEXTS = [b" " + bytes([97 + i % 26]) * (1 + i // 26) for i in range(CFG.vocab_size)]
+TEXTS[5] = b" Wait"
+MACHINE = Machine(
+    policy=Confidence(question=(7, 8), max_notes=4, delta=0.02, strict=False, early_abort=True),
+    max_response=40, think_budget=36, budget_margin=4, max_probes=3, max_repetitions=3, temperature=1.0,
+    top_p=0.9, think_end=2, eos=(1,), closing=(10, 2, 10), top_k=0, min_p=0.0,
+)  # fmt: skip
+PROMPTS = [(3, 4, 11), (12, 13), (14, 15, 16, 17, 3), (20, 21), (22, 23, 24)]
+
+
+def engine_on(sizes, kind="xla"):
+    mesh = mesh_of_sizes(sizes)
+    mine = share_of(mesh, jax.process_index())
+    vocab = jax.device_put(build_vocabulary(TEXTS, ("Wait",), ()), replicated(mine))
+    engine = RolloutEngine(
+        CFG, MACHINE, vocab, lanes=8, max_prompt=8, dtype=jnp.float32, mesh=mine,
+        attention=choose_attention(kind, mine),
+    )  # fmt: skip
+    return engine, decode_ready(params_on(CFG, mesh), CFG, "float32", mesh)
+
+
+@functools.cache
+def completions_on(sizes, kind="xla"):
+    engine, ready = engine_on(sizes, kind)
+    return engine(ready, PROMPTS, 3, jax.random.key(7))[0]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 1), (1, 1, 2)])
+def test_completions_do_not_depend_on_the_mesh(sizes):
+    expected = completions_on((1, 1, 1))
+    assert {c.reason for c in expected} >= {"early_exit"} and sum(len(c.confidences) for c in expected) > 5
+    for found, there in zip(completions_on(sizes), expected, strict=True):
+        assert (found.tokens.tolist(), found.reason) == (there.tokens.tolist(), there.reason)
+        np.testing.assert_allclose(found.logprobs, there.logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_run_on_the_heads_of_a_device():
+    for found, there in zip(completions_on((1, 1, 2), "pallas"), completions_on((1, 1, 1)), strict=True):
+        assert found.tokens.tolist() == there.tokens.tolist()
+
+
+def test_decode_loop_gathers_no_weights_and_no_logits():
+    engine, ready = engine_on((1, 2, 2))
+    programs = engine.compile(ready, completions=8)
+    text = programs._programs["segment", programs.ladder.shapes[0]].as_text()
+    gathered = collectives(text, "all-gather")
+    assert gathered, "candidates of each part of the vocabulary are compared"
+    assert max(map(np.prod, gathered)) <= 4 * 2  # a lane's best of each part
+    assert not any(CFG.vocab_size in shape for shape in collectives(text, "all-reduce"))
