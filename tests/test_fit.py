@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from step_grpo import cli
 from step_grpo.config import base_config
 from step_grpo.errors import UserError
-from step_grpo.fit import check, solve
+from step_grpo.fit import check, solve, table
 from step_grpo.fit.__main__ import check as run_check
 from step_grpo.fit.__main__ import main
 from step_grpo.fit.architectures import PUBLISHED, architecture_of
@@ -337,6 +337,48 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.run(main, ["fit", f"--config={ROOT / 'configs/qwen3_8b.py'}", "--topology=v5p:2x2x1"])
     assert ended.value.code == 2 and "pip install 'jax[tpu]'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def test_table_takes_the_smallest_slice_that_fits_and_compiles_nothing_twice(tmp_path):
+    def sizes_of(tasks):
+        return [table_sizes(task) for task in tasks]
+
+    def table_sizes(task):
+        devices, tensor = chip_count(task.topology), task.config.mesh.tensor
+        if tensor == 4:
+            return "no such mesh"
+        share = {
+            "moments": 8 if task.config.grpo.moments_dtype == "float32" else 4,
+            "decode weights": 2 / tensor,
+        }
+        each = {"params": 4, "reference": 4, "gradients": 4, **share}
+        held = {
+            name: int(8e9 * size / (1 if name == "decode weights" else devices))
+            for name, size in each.items()
+        }
+        held |= {"tables": 0, "batches": 0, "cache": GIB // tensor, "prompts": 0}
+        fsdp = devices // tensor
+        return Sizes(held, 8 * 10**9, fsdp, fsdp, fsdp, (1, fsdp, tensor), 640, True)
+
+    def measured(task):
+        calls.append(task)
+        too_large = task.program == "accumulate" and task.config.mesh.tensor == 2
+        return Result(200 * GIB if too_large else GIB, fits=not too_large)
+
+    calls = []
+    known = table.Remembered(tmp_path / "fit.jsonl", measured)
+    cell = table.Cell("Qwen/Qwen3-8B", "v5p")
+    found = table.search(cell, known, sizes_of)
+    assert found.topology == "v5p:2x2x1" and found.mesh == (1, 4, 1) and found.moments == "float32"
+    assert {task.topology for task in calls} == {"v5p:2x2x1"} and found.peak < chip_of("v5p:2x2x1").hbm
+    count = len(calls)
+    again = table.Remembered(tmp_path / "fit.jsonl", measured)
+    assert table.search(cell, again, sizes_of) == found and len(calls) == count
+    page = table.render({cell: found, table.Cell("Qwen/Qwen3-8B", "v5e"): None})
+    assert "v5p:2x2x1 (fsdp 4, tensor 1)" in page and "none of its slices" in page
 
 
 # ---------------------------------------------------------------------- with the compiler

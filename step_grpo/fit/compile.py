@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -94,7 +95,10 @@ def measure(task: Task) -> Result:
     Raises:
         UserError: the run does not go with the slice, such as a mesh that needs more devices.
     """
-    return decoded(_in_child(task))
+    (found,) = _in_child([task])
+    if "user_error" in found:
+        raise UserError(found["user_error"])
+    return decoded(found)
 
 
 def measure_sizes(task: Task) -> Sizes:
@@ -103,10 +107,19 @@ def measure_sizes(task: Task) -> Sizes:
     Raises:
         UserError: as `measure`.
     """
-    answer = _in_child(task)
-    if answer.get("problem"):
-        raise RuntimeError(answer["problem"])
-    return Sizes(**{**answer, "mesh": tuple(answer["mesh"])})
+    (found,) = measure_many_sizes([task])
+    if isinstance(found, str):
+        raise UserError(found)
+    return found
+
+
+def measure_many_sizes(tasks: Sequence[Task]) -> list[Sizes | str]:
+    """What the runs of tasks hold, all in one process; of a run that does not go with its slice, why not."""
+    answers = _in_child([replace(task, program=SIZES) for task in tasks])
+    for found in answers:
+        if found.get("problem"):
+            raise RuntimeError(found["problem"])
+    return [found.get("user_error") or Sizes(**{**found, "mesh": tuple(found["mesh"])}) for found in answers]
 
 
 def decoded(answer: dict[str, Any]) -> Result:
@@ -114,28 +127,22 @@ def decoded(answer: dict[str, Any]) -> Result:
     return Result(**{**answer, "traffic": tuple(Traffic(*t) for t in answer.get("traffic", ()))})
 
 
-def _in_child(task: Task) -> dict[str, Any]:
-    """What a child process answers."""
+def _in_child(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """What a child process answers to each of some tasks."""
     with tempfile.TemporaryDirectory() as logs:
         done = subprocess.run(
             [sys.executable, "-m", __name__],
-            input=pickle.dumps(task),
+            input=pickle.dumps(list(tasks)),
             env={**os.environ, **WITHOUT_TPU, "TPU_LOG_DIR": logs},
             capture_output=True,
             check=False,
         )
     lines = done.stdout.decode(errors="replace").splitlines()
-    errors = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
     if done.returncode or not lines:
-        return {
-            "peak": math.inf,
-            "fits": False,
-            "problem": (errors or ["the compiler ended without a word"])[-1],
-        }
-    answer = json.loads(lines[-1])
-    if "user_error" in answer:
-        raise UserError(answer["user_error"])
-    return answer
+        errors = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+        problem = errors[-1] if errors else f"the compiler's process ended with {done.returncode}"
+        return [{"peak": math.inf, "fits": False, "problem": problem} for _ in tasks]
+    return json.loads(lines[-1])
 
 
 def bytes_asked(message: str) -> float | None:
@@ -175,13 +182,20 @@ def answer(task: Task) -> dict[str, Any]:
     )._asdict()
 
 
+def answer_all(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """Does what each task asks for; a mistake of the user is an answer too."""
+    answers = []
+    for task in tasks:
+        try:
+            answers.append(answer(task))
+        except UserError as error:
+            answers.append({"user_error": str(error)})
+    return answers
+
+
 def main() -> None:
-    """Reads a task from standard input and writes the answer."""
-    try:
-        found = answer(pickle.load(sys.stdin.buffer))
-    except UserError as error:
-        found = {"user_error": str(error)}
-    print(json.dumps(found))
+    """Reads tasks from standard input and writes the answers."""
+    print(json.dumps(answer_all(pickle.load(sys.stdin.buffer))))
 
 
 if __name__ == "__main__":
