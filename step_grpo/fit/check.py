@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -161,7 +162,7 @@ def largest_rows(verdict: Verdict, measure: Measure) -> int:
     return shares * solve.largest(peak, (now, verdict.totals["accumulate"]), slope, plan.limit, 64)
 
 
-def _total_at(plan: Plan, measure: Measure, program: str, **sizes: int) -> float:
+def _total_at(plan: Plan, measure: Measure, program: str, **sizes: Any) -> float:
     task = replace(plan.task, program=program, **sizes)
     return replace(plan, task=task).total(program, measure(task))
 

@@ -58,7 +58,9 @@ def traffic(text: str) -> list[Traffic]:
             visit(callee, times * rounds, each_round or not known)
 
     visit(entry, 1, False)
-    return [Traffic(kind, *total, each_round) for (kind, each_round), total in sorted(totals.items())]
+    return [
+        Traffic(kind, count, size, each_round) for (kind, each_round), (count, size) in sorted(totals.items())
+    ]
 
 
 def kernels(text: str) -> int:

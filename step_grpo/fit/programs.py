@@ -124,7 +124,7 @@ class Run:
         optimizer = optimizer_of(self.config.grpo)
         shapes = jax.eval_shape(optimizer.init, self.params)
         opt_state = placed(shapes, moments_beside(optimizer, shapes, self.params))
-        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh))
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh))
         return TrainState(step, self.params, opt_state)
 
     def decode_weights(self, mesh: Mesh) -> qwen.Params:
@@ -196,8 +196,8 @@ class Run:
         return plan[key[program]()]()
 
     def _update(self, program: str) -> Any:
-        update = build_update(self.cfg, self.config, optimizer_of(self.config.grpo), self.mesh)
-        zero = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
+        update: Any = build_update(self.cfg, self.config, optimizer_of(self.config.grpo), self.mesh)
+        zero: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
         sums = LossSums(*[zero] * len(LossSums._fields))
         if program == "log-probs":
             return update.logprobs.lower(self.params, self.packed)
@@ -285,7 +285,8 @@ def vocabulary_shapes(triggers: tuple[str, ...], size: int, mesh: Mesh) -> Vocab
         return jax.ShapeDtypeStruct((size,), table.dtype, sharding=replicated(mesh))
 
     def automaton(table: TriggerTable) -> TriggerTable:
-        return TriggerTable(*map(np.asarray, table))._replace(token_class=of_tokens(table.token_class))
+        arrays: list[Any] = [np.asarray(array) for array in table]
+        return TriggerTable(*arrays)._replace(token_class=of_tokens(table.token_class))
 
     automata = automaton(small.triggers), automaton(small.delimiters)
     return Vocabulary(*automata, *map(of_tokens, small[2:]))

@@ -73,12 +73,10 @@ def main(out: str = "docs/fit.md", cache: str = "workdir/fit.jsonl", only: str =
     if not models:
         raise UserError(f"--only={only}: no such model; there are {', '.join(MODELS)}")
     known = Remembered(Path(cache), measure)
-    found = {}
+    found: dict[Cell, Found | None] = {}
     for cell in (Cell(model, chip) for model in models for chip in CHIPS):
         found[cell] = search(cell, known, measure_many_sizes)
-        print(
-            f"{cell.model} on {cell.chip}: {found[cell].text if found[cell] else 'nothing fits'}", flush=True
-        )
+        print(f"{cell.model} on {cell.chip}: {text_of(found[cell])}", flush=True)
         Path(out).write_text(render(found), encoding="utf-8")
 
 
