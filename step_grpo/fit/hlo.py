@@ -24,13 +24,13 @@ class Traffic(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`.
-        count: how often a device takes part.
+        times: that a device takes part.
         bytes: that a device sends around: the whole array that is gathered, reduced or exchanged.
         each_round: in a loop of unknown length; figures are of one round.
     """
 
     kind: str
-    count: int
+    times: int
     bytes: int
     each_round: bool
 

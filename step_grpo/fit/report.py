@@ -70,7 +70,7 @@ def of_traffic(verdict: Verdict) -> Table:
     for name, result in verdict.results.items():
         for kind in result.traffic:
             note = "a round" if kind.each_round else ""
-            table.add_row(name, kind.kind, str(kind.count), f"{kind.bytes / 2**20:.1f}", note)
+            table.add_row(name, kind.kind, str(kind.times), f"{kind.bytes / 2**20:.1f}", note)
     return table
 
 
