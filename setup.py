@@ -39,6 +39,7 @@ setup(
         "notebook": ["notebook>=7", "matplotlib>=3.9"],
         "test": [
             "torch==2.13.0",
+            "peft>=0.21",
             "pytest>=8",
             "hypothesis>=6",
             "ruff>=0.14",

@@ -2,13 +2,15 @@
 
 `WORKDIR/checkpoints/000010/` holds `params/` and `optimizer/` (Orbax), `model/` (configs and tokenizer, as
 in a Hugging Face folder) and `run.json` (step, data cursor, config), written last: a folder without it is no
-checkpoint. On a disk the folder even appears under its name only when it is complete. Orbax's interface is
-used here alone.
+checkpoint. `params/` is what is trained: all weights, or the adapter, whose base is loaded anew as the config
+says. On a disk the folder even appears under its name only when it is complete. Orbax's interface is used
+here alone.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from step_grpo import paths
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.errors import UserError
 from step_grpo.grpo.update import TrainState
-from step_grpo.model.load import Description, save_description
-from step_grpo.model.qwen import Params, abstract_params, config_from_hf
+from step_grpo.mesh import shardings
+from step_grpo.model import lora
+from step_grpo.model.load import Description, load_model, save_description
+from step_grpo.model.qwen import Params, QwenConfig, abstract_params, config_from_hf
 from step_grpo.model.weights import (
     eos_ids_of,
     load_checkpoint,
@@ -133,10 +137,11 @@ class Opened:
     """A model for evaluation or export, from wherever it came."""
 
     described: Description
-    params: Params
+    params: Params  # adapters beside their base
     folder: Path  # holds the tokenizer files
     dtype: str  # to export in, unless told otherwise
     settings: dict[str, Any]  # the config of the run that made it; empty where there was none
+    adapter: Params | None = None  # what was trained of `params`, if that is not all
 
 
 def open_model(name: str | Path, mesh: Mesh | None = None) -> Opened:
@@ -155,18 +160,33 @@ def open_model(name: str | Path, mesh: Mesh | None = None) -> Opened:
         folder = steps[-1]
     if (folder / RUN).is_file():
         described = read_description(folder / "model")
-        cfg = described.config
-        where = param_shardings(cfg, mesh)
-        shapes = jax.tree.map(
-            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract_params(cfg), where
-        )
-        params = _load(folder / "params", shapes)
         settings = read_json(folder / RUN)["config"]
-        return Opened(described, params, paths.fetched(folder / "model"), settings["export_dtype"], settings)
+        params, adapter = _read_weights(folder, described.config, ConfigDict(settings), mesh)
+        files = paths.fetched(folder / "model")
+        return Opened(described, params, files, settings["export_dtype"], settings, adapter)
     source = load_checkpoint(resolve_checkpoint(str(name), field="--checkpoint"))
     tokenizer = load_tokenizer(str(source.folder), where="--checkpoint")
     described = Description(source.config, source.hf_config, source.generation, source.eos_ids, tokenizer)
     return Opened(described, load_params(source, mesh), source.folder, source.dtype, {})
+
+
+def _read_weights(
+    folder: Path, cfg: QwenConfig, config: ConfigDict, mesh: Mesh | None
+) -> tuple[Params, Params | None]:
+    """The weights of a checkpoint; with LoRA the base that its config names, and the adapter beside it."""
+    if not config.get("lora", {}).get("rank", 0):  # older checkpoints know no adapters
+        return _load(folder / "params", _lying(abstract_params(cfg), param_shardings(cfg, mesh))), None
+    targets = tuple(config.lora.targets)
+    like = jax.eval_shape(partial(lora.init_adapter, cfg, config.lora.rank, targets, config.seed))
+    where = shardings(mesh, lora.adapter_axes(cfg, targets), like) if mesh else None
+    adapter = _load(folder / "params", _lying(like, where) if where else like)
+    _, base = load_model(config.model, config.seed, mesh, lora.keeper(config))
+    return lora.attacher(config.lora)(adapter, base), adapter
+
+
+def _lying(shapes: Params, where: Params) -> Params:
+    """The shapes with the sharding of each."""
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
 
 
 def read_description(folder: Path) -> Description:

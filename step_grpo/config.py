@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from step_grpo.errors import UserError
 from step_grpo.mesh import AXES
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 def data_config(**fields) -> ConfigDict:
     """Where questions come from; `fields` replace the defaults.
@@ -113,6 +115,17 @@ def base_config() -> ConfigDict:
         "budget_margin": 50,  # a probe this close to the thinking budget ends the thinking
         "max_repetitions": 3,
     }
+    lora = {
+        # Train an adapter of this rank and leave the weights as they are; 0: train all weights. An adapter
+        # takes about ten times the learning rate (config.grpo.learning_rate), and far less memory: the
+        # weights have no gradients and no optimizer state.
+        "rank": 0,
+        "alpha": 32.0,  # the adapter counts alpha / rank times
+        "targets": LORA_TARGETS,
+        # The frozen weights: `dense`, in the type of the compute, or rounded to `int8`, `int4` or `nf4`
+        # (QLoRA). Rounded, they need a half or a quarter of the memory, and the rollout is slower.
+        "base": "dense",
+    }
     reward = {
         "name": "step_aware",  # or `accuracy`, `length_penalty`
         "alpha": 0.9,
@@ -149,8 +162,8 @@ def base_config() -> ConfigDict:
         "min_p": 0.0,
         "max_response_tokens": 16384,
     }
-    groups = {"model": model, "mesh": mesh, "data": data, "rollout": rollout, "reward": reward, "grpo": grpo}
-    return ConfigDict({**run, **groups, "eval": evaluation}).lock()
+    groups = {"model": model, "lora": lora, "mesh": mesh, "data": data, "rollout": rollout, "reward": reward}
+    return ConfigDict({**run, **groups, "grpo": grpo, "eval": evaluation}).lock()
 
 
 def variant(config: ConfigDict, arg: str, **family: Any) -> ConfigDict:
@@ -267,6 +280,7 @@ def validate(config: ConfigDict) -> None:
     """
     _check_run(config)
     _check_model(config.model)
+    _check_lora(config.lora)
     _at_least(0, config.mesh, "config.mesh", *AXES)
     _check_data(config.data, "config.data")
     _check_data(config.eval.data, "config.eval.data")
@@ -332,6 +346,18 @@ def _check_model(model: ConfigDict) -> None:
         kind = model.architecture.get("model_type")
         _require(kind in ("qwen3", "qwen2"), f"{where}.architecture.model_type", kind, "'qwen3' or 'qwen2'")
         _require(bool(model.tokenizer), f"{where}.tokenizer", "", "named, since there is no checkpoint")
+
+
+def _check_lora(lora: ConfigDict) -> None:
+    where = "config.lora"
+    _at_least(0, lora, where, "rank")
+    _positive(lora, where, "alpha")
+    known = set(lora.targets) <= set(LORA_TARGETS) and len(set(lora.targets)) == len(lora.targets)
+    right = f"some of {', '.join(LORA_TARGETS)}, each at most once"
+    _require(bool(lora.targets) and known, f"{where}.targets", lora.targets, right)
+    _choice(lora, where, "base", ("dense", "int8", "int4", "nf4"))
+    right = f"'dense' where all weights are trained; {where}.rank is 0"
+    _require(lora.rank > 0 or lora.base == "dense", f"{where}.base", lora.base, right)
 
 
 def _check_data(data: ConfigDict, where: str) -> None:

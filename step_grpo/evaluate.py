@@ -25,6 +25,7 @@ from step_grpo.errors import UserError
 from step_grpo.mesh import mesh_of, seen_from, shardings, share_of, use_all_cores
 from step_grpo.model import qwen
 from step_grpo.model.attention import choose_attention
+from step_grpo.model.linear import axes_of
 from step_grpo.model.load import Description
 from step_grpo.report import evaluation_table, progress_bar
 from step_grpo.reward.grading import Grader
@@ -106,7 +107,12 @@ def decode_ready(params: qwen.Params, cfg: qwen.QwenConfig, dtype: str, mesh: Me
         mesh: from `make_mesh`; the result lies on `share_of` it.
     """
     shapes = jax.eval_shape(partial(qwen.decode_params, dtype=dtype), params)
-    where = shardings(mesh, qwen.decode_axes(cfg), shapes)
+    whole = qwen.decode_axes(cfg)
+    layers = tuple(
+        {name: axes_of(names[name], weight) for name, weight in layer.items()}
+        for names, layer in zip(whole["layers"], shapes["layers"], strict=True)
+    )
+    where = shardings(mesh, {**whole, "layers": layers}, shapes)
     ready = jax.jit(qwen.decode_params, static_argnums=1, out_shardings=where)(params, dtype)
     mine = share_of(mesh, jax.process_index())
     return jax.tree.map(lambda weight: seen_from(mine, weight), ready)

@@ -1,6 +1,6 @@
-"""Writes a Hugging Face folder that transformers and vLLM load.
+"""Writes a Hugging Face folder that transformers and vLLM load, or the adapter of a LoRA run for `peft`.
 
-`python -m step_grpo.export --checkpoint=WORKDIR --out=FOLDER [--dtype=bfloat16]`
+`python -m step_grpo.export --checkpoint=WORKDIR --out=FOLDER [--dtype=bfloat16] [--kind=adapter]`
 """
 
 import json
@@ -8,25 +8,29 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from step_grpo import cli, paths
 from step_grpo.checkpoint import open_model
 from step_grpo.errors import UserError
+from step_grpo.model import lora
 from step_grpo.model.qwen import Params
 from step_grpo.model.weights import (
     TOKENIZER_FILES,
     check_dtype,
     read_json,
+    resolve_checkpoint,
     save_params,
     write_json,
 )
 
 MANIFEST = "step_grpo_export.json"  # marks a folder as an export: its card, and the names of its files
 FRONT_MATTER = """---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags:
 - step-grpo
@@ -65,6 +69,27 @@ def export(checkpoint: str | Path, out: str | Path, *, dtype: str | None = None)
     )
 
 
+def export_adapter(checkpoint: str | Path, out: str | Path, *, dtype: str | None = None) -> Path:
+    """Writes the adapter of a LoRA run as a folder that `peft` loads; the arguments are those of `export`.
+
+    Raises:
+        UserError: the checkpoint does not load or is of no LoRA run, or `out` holds something else.
+    """
+    check_out(paths.folder(out))
+    source = open_model(checkpoint)
+    if source.adapter is None:
+        raise UserError(f"--kind=adapter: {checkpoint} is of no run with config.lora.rank above 0")
+    return write_adapter_folder(
+        out,
+        source.adapter,
+        source.described.hf_config,
+        ConfigDict(source.settings),
+        tokenizer_folder=source.folder,
+        card={"settings": source.settings},
+        dtype=dtype or source.dtype,
+    )
+
+
 def write_hf_folder(
     out: str | Path,
     params: Params,
@@ -93,6 +118,67 @@ def write_hf_folder(
     Raises:
         UserError: an unknown dtype, no tokenizer, or `out` holds something else than an export.
     """
+
+    def fill(folder: Path) -> None:
+        save_params(params, hf_config, folder, dtype=dtype)
+        write_json(folder / "config.json", _export_config(hf_config, dtype))
+        write_json(folder / "generation_config.json", generation or _generation(hf_config))
+        text = model_card(card, _export_config(hf_config, dtype))
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+    return _write_folder(out, fill, tokenizer_folder, card=card, dtype=dtype)
+
+
+def write_adapter_folder(
+    out: str | Path,
+    adapter: Params,
+    hf_config: dict[str, Any],
+    config: ConfigDict,
+    *,
+    tokenizer_folder: str | Path,
+    card: dict[str, Any],
+    dtype: str,
+) -> Path:
+    """Writes an adapter for `peft`, with tokenizer and model card; `out` appears only when it is complete.
+
+    Args:
+        out: the folder to make; a previous export there is replaced.
+        adapter: of `step_grpo.model.lora`.
+        hf_config: contents of the `config.json` of its base.
+        config: of the run, which names the base.
+        tokenizer_folder: as in `write_hf_folder`, and so are `card` and `dtype`.
+        card: `settings` and `measured`.
+        dtype: "float32", "float16" or "bfloat16".
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: as in `write_hf_folder`, or the base is random weights, which `peft` could not find.
+    """
+    name = config.model.checkpoint
+    if not name:
+        raise UserError("config.model.checkpoint is empty: an adapter of random weights is of no use alone")
+    is_folder = name.startswith("builtin:") or Path(name).expanduser().is_dir()
+    base = str(resolve_checkpoint(name).absolute()) if is_folder else name
+
+    def fill(folder: Path) -> None:
+        lora.save_adapter(adapter, config.lora, base, folder, dtype=dtype)
+        text = model_card(card, _export_config(hf_config, dtype), FRONT_MATTER.format(library="peft"))
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+    return _write_folder(out, fill, tokenizer_folder, card=card, dtype=dtype)
+
+
+def _write_folder(
+    out: str | Path,
+    fill: Callable[[Path], None],
+    tokenizer_folder: str | Path,
+    *,
+    card: dict[str, Any],
+    dtype: str,
+) -> Path:
+    """Makes an export of what `fill` writes, model card and all, and the tokenizer."""
     out = paths.folder(out if paths.is_remote(out) else os.path.abspath(out))
     tokenizer_folder = paths.fetched(paths.folder(tokenizer_folder))
     check_out(out)
@@ -105,15 +191,10 @@ def write_hf_folder(
     partial = parent / f".{out.name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
-        save_params(params, hf_config, partial, dtype=dtype)
-        write_json(partial / "config.json", _export_config(hf_config, dtype))
-        write_json(partial / "generation_config.json", generation or _generation(hf_config))
+        fill(partial)
         for name in TOKENIZER_FILES:
             if (tokenizer_folder / name).is_file():
                 shutil.copyfile(tokenizer_folder / name, partial / name)
-        (partial / "README.md").write_text(
-            model_card(card, _export_config(hf_config, dtype)), encoding="utf-8"
-        )
         files = sorted(path.name for path in partial.iterdir())
         write_json(partial / MANIFEST, {"card": card, "files": [*files, MANIFEST]})
         (_send if paths.is_remote(out) else _replace)(partial, out)
@@ -144,13 +225,17 @@ def check_out(out: Path) -> None:
         )
 
 
-def model_card(card: Mapping[str, Any], hf_config: Mapping[str, Any]) -> str:
+def model_card(
+    card: Mapping[str, Any],
+    hf_config: Mapping[str, Any],
+    front_matter: str = FRONT_MATTER.format(library="transformers"),
+) -> str:
     """The README.md of an export: front matter, settings and measured figures, every value escaped."""
     measured = dict(card.get("measured") or {})
     before, after = (dict(flatten(measured.pop(key, None) or {})) for key in ("before", "after"))
     compared = [(name, before.get(name, ""), after.get(name, "")) for name in {**before, **after}]
     parts = [
-        FRONT_MATTER,
+        front_matter,
         f"# {escape(hf_config['architectures'][0])} written by step_grpo",
         "Step-GRPO ([arXiv 2604.16890](https://arxiv.org/abs/2604.16890)) trains a reasoning model to stop"
         " when it has the answer; inference is plain sampling with the tokenizer and chat template here.",
@@ -236,9 +321,12 @@ def _send(partial: Path, out: Path) -> None:
         paths.send(partial / name, out / name)
 
 
-def main(checkpoint: str, out: Path, dtype: str = "") -> None:
-    """The command line; an empty dtype keeps the stored one."""
-    print(export(checkpoint, out, dtype=dtype or None))
+def main(checkpoint: str, out: Path, dtype: str = "", kind: str = "merged") -> None:
+    """The command line; an empty dtype keeps the stored one, `kind` is `merged` or `adapter`."""
+    kinds = {"merged": export, "adapter": export_adapter}
+    if kind not in kinds:
+        raise UserError(f"--kind is {kind!r}; it must be 'merged' or 'adapter'")
+    print(kinds[kind](checkpoint, out, dtype=dtype or None))
 
 
 if __name__ == "__main__":

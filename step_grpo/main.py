@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,9 @@ from step_grpo.grpo.advantages import group_advantages
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.settings import GrpoSettings
 from step_grpo.grpo.update import Measurements, TrainBatch, TrainState, Update, adamw, make_update
-from step_grpo.mesh import mesh_of, over_data, row_shares, share_of, use_all_cores
+from step_grpo.mesh import mesh_of, over_data, row_shares, shardings, share_of, use_all_cores
 from step_grpo.metrics import MetricsWriter, read_metrics
-from step_grpo.model import qwen
+from step_grpo.model import lora, qwen
 from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description, load_model, save_description
 from step_grpo.report import evaluation_table, progress_bar
@@ -62,10 +62,12 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
     # ------------------------------------------------------------------ model
     mesh = mesh_of(config.mesh, config.rollout.lanes, config.grpo.rows)
     sampling = share_of(mesh, jax.process_index())
-    described, reference = load_model(config.model, config.seed, mesh)
+    described, params = load_model(config.model, config.seed, mesh, lora.keeper(config))
+    frozen = freeze(described.config, params, config, mesh)
+    whole = lora.attacher(config.lora)
     update = build_update(described.config, config, optimizer_of(config.grpo), mesh)
-    # The update donates its state, and the reference must outlive it: a copy.
-    state = update.init(jax.tree.map(jnp.copy, reference))
+    # The update donates its state, and what training began with must outlive it: a copy.
+    state = update.init(jax.tree.map(jnp.copy, frozen.first))
     progress, state = checkpoint.restore(workdir, state, config)
 
     # ------------------------------------------------------------------ questions
@@ -99,7 +101,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
             write_completions(workdir / f"completions_{name}.jsonl", scored)
             return summarise(scored)
 
-        before = measure(reference, "before")
+        before = measure(whole(frozen.first, frozen.base), "before")
 
         # -------------------------------------------------------------- loop
         with (
@@ -109,7 +111,9 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
             for step in range(progress.step, config.steps):
                 clock = Stopwatch()
                 batch, cursor = take_prompts(questions, progress.cursor, config)
-                ready = decode_ready(state.params, described.config, config.model.dtype, mesh)
+                ready = decode_ready(
+                    whole(state.params, frozen.base), described.config, config.model.dtype, mesh
+                )
                 completions, stats = rollout(
                     ready, [p.ids for p in batch], config.rollout.samples, jax.random.fold_in(run_key, step)
                 )
@@ -122,7 +126,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
                 advantages = group_advantages(reward)
                 clock.lap("grading_seconds")
                 state, measured = update_policy(
-                    update, state, reference, training_samples(scored, advantages, config), config, mesh
+                    update, state, frozen, training_samples(scored, advantages, config), config, mesh
                 )
                 clock.lap("update_seconds")
 
@@ -136,7 +140,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
                 progress = checkpoint.Progress(step + 1, cursor)
                 if progress.step % config.save_every == 0 or progress.step == config.steps:
                     checkpoint.save(workdir, progress, state, described, config)
-        after = measure(state.params, "after")
+        after = measure(whole(state.params, frozen.base), "after")
 
     # ------------------------------------------------------------------ result
     result = {
@@ -146,7 +150,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
         "seconds": time.monotonic() - started,
         "seed": config.seed,
     }
-    finish(workdir, result, described, state.params, config)
+    finish(workdir, result, described, whole(state.params, frozen.base), config)
 
 
 def finish(
@@ -245,6 +249,29 @@ def reward_groups(scored: Sequence[Scored], config: ConfigDict) -> np.ndarray:
 # ---------------------------------------------------------------------- update
 
 
+class Frozen(NamedTuple):
+    """The weights of a run that no update changes.
+
+    Attributes:
+        base: what the trained adapter lies beside; None where all weights are trained.
+        first: what is trained, as it was before the first step.
+        reference: what the KL compares with; None for the base without an adapter.
+    """
+
+    base: qwen.Params | None
+    first: qwen.Params
+    reference: qwen.Params | None
+
+
+def freeze(cfg: qwen.QwenConfig, params: qwen.Params, config: ConfigDict, mesh: Mesh) -> Frozen:
+    """What stays as it was loaded or begun."""
+    if config.lora.rank:
+        adapter = lora.init_adapter(cfg, config.lora.rank, tuple(config.lora.targets), config.seed)
+        where = shardings(mesh, lora.adapter_axes(cfg, config.lora.targets), adapter)
+        return Frozen(base=params, first=jax.device_put(adapter, where), reference=None)
+    return Frozen(base=None, first=params, reference=params)
+
+
 def optimizer_of(config: ConfigDict) -> Any:
     """AdamW with the settings of `config.grpo`."""
     return adamw(
@@ -277,6 +304,7 @@ def build_update(cfg: qwen.QwenConfig, config: ConfigDict, optimizer: Any, mesh:
         settings,
         optimizer,
         vocab_axis=0 if cfg.tied else 1,
+        attach=lora.attacher(config.lora),
         mesh=mesh,
     )
 
@@ -298,7 +326,7 @@ def training_samples(scored: Sequence[Scored], advantages: np.ndarray, config: C
 def update_policy(
     update: Update,
     state: TrainState,
-    reference: qwen.Params,
+    frozen: Frozen,
     samples: Sequence[Sample],
     config: ConfigDict,
     mesh: Mesh,
@@ -317,8 +345,8 @@ def update_policy(
         placed = jax.device_put(packed, share)
         old = placed.sampler_logprobs
         if config.grpo.old_logprobs == "trainer":
-            old = update.logprobs(state.params, placed).logprobs
-        return TrainBatch(placed, old, update.logprobs(reference, placed).logprobs)
+            old = update.logprobs(state.params, placed, frozen.base).logprobs
+        return TrainBatch(placed, old, update.logprobs(frozen.reference, placed, frozen.base).logprobs)
 
     parts = [samples[i : i + per_update] for i in range(0, len(samples), per_update)]
     shape = {"row_length": config.grpo.row_length, "rows": config.grpo.rows or row_shares(mesh)}
@@ -327,7 +355,7 @@ def update_policy(
     for minibatch in minibatches:
         grads, sums = update.start(state.params)
         for batch in minibatch:
-            grads, sums = update.accumulate(state.params, grads, sums, batch)
+            grads, sums = update.accumulate(state.params, grads, sums, batch, frozen.base)
         state, measurements = update.apply(state, grads, sums)
         measured.append(measurements)
     values = jax.device_get(measured)

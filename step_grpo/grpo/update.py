@@ -1,6 +1,7 @@
 """The update: gradients of micro-batches summed, divided once by the global token count, one AdamW step.
 
-Knows a model only as two functions: tokens to hidden states, and params to the output head.
+Knows a model only as functions: tokens to hidden states, params to the output head, and, where only a part of
+the params is trained, the two parts to the whole.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from step_grpo.grpo.settings import GrpoSettings
 Params = Any  # a pytree of f32 arrays
 HiddenFn = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
 HeadFn = Callable[[Params], jax.Array]
+AttachFn = Callable[[Params, Params | None], Params]
 
 
 class TrainBatch(NamedTuple):
@@ -31,7 +33,7 @@ class TrainBatch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What an update changes: updates made (int32 scalar), f32 params, and the optimizer's state."""
+    """What an update changes: updates made (int32 scalar), trained f32 params, and the optimizer's state."""
 
     step: jax.Array
     params: Params
@@ -66,17 +68,18 @@ class Update(NamedTuple):
         init: params -> TrainState at step 0, which holds these very buffers. `apply` gives them away: keep a
             copy of what must outlive it, such as the params of the reference.
         start: params -> (grads, sums), all zero, to accumulate into; on the devices of the params.
-        logprobs: (params, packed batch) -> TokenLogprobs of its targets; also for the reference's params.
-        accumulate: (params, grads, sums, batch) -> (grads, sums) with the sums of one micro-batch added;
-            `grads` and `sums` are donated.
+        logprobs: (params, packed batch, frozen) -> TokenLogprobs of its targets; also for the reference's
+            params. `frozen` is what `attach` puts the params beside, or None.
+        accumulate: (params, grads, sums, batch, frozen) -> (grads, sums) with the sums of one micro-batch
+            added; `grads` and `sums` are donated.
         apply: (state, grads, sums) -> (state, measurements); `state` is donated. With no trained token the
             state comes back as it was.
     """
 
     init: Callable[[Params], TrainState]
     start: Callable[[Params], tuple[Params, LossSums]]
-    logprobs: Callable[[Params, PackedBatch], TokenLogprobs]
-    accumulate: Callable[[Params, Params, LossSums, TrainBatch], tuple[Params, LossSums]]
+    logprobs: Callable[..., TokenLogprobs]
+    accumulate: Callable[..., tuple[Params, LossSums]]
     apply: Callable[[TrainState, Params, LossSums], tuple[TrainState, Measurements]]
 
 
@@ -120,6 +123,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     vocab_axis: int = 1,
+    attach: AttachFn = lambda params, frozen: params,
     mesh: Mesh | None = None,
 ) -> Update:
     """Build the functions of the update. Call once a run: what it returns holds the compiled programs.
@@ -130,17 +134,19 @@ def make_update(
         settings: of the loss.
         optimizer: such as `adamw()`.
         vocab_axis: 1 where the head is [D, V], 0 where it is [V, D] (a tied embedding).
+        attach: (trained params, frozen params or None) -> the params that `hidden_fn` and `head_fn` take.
         mesh: over which rows and weights lie (see `token_logprobs`); None on one device.
 
     Returns:
         Update.
     """
 
-    def logprobs(params: Params, packed: PackedBatch) -> TokenLogprobs:
-        hidden = hidden_fn(params, packed.tokens, packed.positions, packed.segment_ids)
+    def logprobs(params: Params, packed: PackedBatch, frozen: Params | None = None) -> TokenLogprobs:
+        whole = attach(params, frozen)
+        hidden = hidden_fn(whole, packed.tokens, packed.positions, packed.segment_ids)
         return token_logprobs(
             hidden,
-            head_fn(params),
+            head_fn(whole),
             packed.targets,
             temperature=settings.temperature,
             chunk=settings.logprob_chunk,
@@ -149,8 +155,8 @@ def make_update(
             mesh=mesh,
         )
 
-    def loss_sum(params: Params, batch: TrainBatch) -> tuple[jax.Array, LossSums]:
-        tokens = logprobs(params, batch.packed)
+    def loss_sum(params: Params, batch: TrainBatch, frozen: Params | None) -> tuple[jax.Array, LossSums]:
+        tokens = logprobs(params, batch.packed, frozen)
         sums = grpo_loss_sums(
             tokens.logprobs,
             tokens.entropy,
@@ -164,9 +170,9 @@ def make_update(
         return sums.loss, sums
 
     def accumulate(
-        params: Params, grads: Params, sums: LossSums, batch: TrainBatch
+        params: Params, grads: Params, sums: LossSums, batch: TrainBatch, frozen: Params | None = None
     ) -> tuple[Params, LossSums]:
-        more_grads, more_sums = jax.grad(loss_sum, has_aux=True)(params, batch)
+        more_grads, more_sums = jax.grad(loss_sum, has_aux=True)(params, batch, frozen)
         return jax.tree.map(jnp.add, (grads, sums), (more_grads, more_sums))
 
     def apply(state: TrainState, grads: Params, sums: LossSums) -> tuple[TrainState, Measurements]:

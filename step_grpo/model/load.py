@@ -1,19 +1,23 @@
 """A model as a run needs it: weights, architecture, tokenizer, and what an export must carry along."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from step_grpo import paths
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.errors import UserError
-from step_grpo.model.qwen import Params, QwenConfig, config_from_hf
+from step_grpo.model.linear import Weight
+from step_grpo.model.qwen import Params, QwenConfig, config_from_hf, logical_axes
 from step_grpo.model.weights import (
     TOKENIZER_FILES,
+    lay_out,
     load_checkpoint,
     load_params,
     random_checkpoint,
@@ -33,13 +37,19 @@ class Description:
     tokenizer: Any
 
 
-def load_model(config: ConfigDict, seed: int, mesh: Mesh | None = None) -> tuple[Description, Params]:
+def load_model(
+    config: ConfigDict,
+    seed: int,
+    mesh: Mesh | None = None,
+    keep: Callable[[str, jax.Array], Weight] = lambda name, weight: weight,
+) -> tuple[Description, Params]:
     """Loads `config.model`: a checkpoint, or random weights of a given architecture.
 
     Args:
         config: the `model` part of a config.
         seed: of the random weights.
         mesh: over which the weights are to lie; None for one device.
+        keep: (our name, float32 weight) -> the form to keep it in.
 
     Raises:
         UserError: the checkpoint or the tokenizer does not load, or they do not fit each other.
@@ -51,8 +61,16 @@ def load_model(config: ConfigDict, seed: int, mesh: Mesh | None = None) -> tuple
             checkpoint.config, checkpoint.hf_config, checkpoint.generation, checkpoint.eos_ids, tokenizer
         )
         check_vocabulary(described)
-        return described, load_params(checkpoint, mesh)
-    return random_model(config.architecture.to_dict(), load_tokenizer(config.tokenizer), seed, mesh)
+        return described, load_params(checkpoint, mesh, keep=keep)
+    described, params = random_model(
+        config.architecture.to_dict(), load_tokenizer(config.tokenizer), seed, mesh
+    )
+    kept = jax.tree.map_with_path(
+        lambda path, weight, axes: lay_out(keep(path[-1].key, weight), axes, mesh),
+        params,
+        logical_axes(described.config),
+    )
+    return described, kept
 
 
 def random_model(

@@ -25,6 +25,7 @@ from step_grpo.errors import UserError
 from step_grpo.mesh import constrain, is_axes
 from step_grpo.model.attention import XLA, Attention, decode_attention, full_attention
 from step_grpo.model.cache import Cache, LayerCache
+from step_grpo.model.linear import axes_of, cast, product, settled
 
 Params = dict[str, Any]
 
@@ -203,14 +204,18 @@ def _gathered(axes: Params) -> Params:
 
 
 def decode_params(params: Params, dtype) -> Params:
-    """The weights as the decode loop wants them: cast once, the stacked layers taken apart.
+    """The weights as the decode loop wants them: cast once, merged with an adapter, the layers taken apart.
 
     Made once a rollout batch, so that no token casts or slices a weight.
     """
-    cast = jax.tree.map(lambda w: w.astype(dtype), params)
-    count = jax.tree.leaves(cast["layers"])[0].shape[0]
-    layers = tuple(jax.tree.map(lambda w, i=i: w[i], cast["layers"]) for i in range(count))
-    return {**cast, "layers": layers}
+    stacked = params["layers"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    layers = tuple(
+        {name: settled(jax.tree.map(lambda w, i=i: w[i], weight), dtype) for name, weight in stacked.items()}
+        for i in range(count)
+    )
+    rest = {name: cast(weight, dtype) for name, weight in params.items() if name != "layers"}
+    return {**rest, "layers": layers}
 
 
 def head(params: Params) -> jax.Array:
@@ -247,7 +252,12 @@ def forward(
 
     @REMAT[remat]
     def body(x_BTD, weights):
-        weights = {name: constrain(mesh, w.astype(dtype), *axes[name]) for name, w in weights.items()}
+        weights = {
+            name: jax.tree.map(
+                lambda part, where: constrain(mesh, part, *where), cast(w, dtype), axes_of(axes[name], w)
+            )
+            for name, w in weights.items()
+        }
         x_BTD, _ = layer(cfg, weights, x_BTD, rope, within_segments)
         return constrain(mesh, x_BTD, "rows", None, None), None
 
@@ -333,21 +343,21 @@ def layer(
     """
     with jax.named_scope("attention"):
         y_BTD = rms_norm(x_BTD, weights["attn_norm_D"], cfg.rms_eps)
-        q = jnp.einsum("BTD,DNH->BTNH", y_BTD, weights["wq_DNH"])
-        k = jnp.einsum("BTD,DKH->BTKH", y_BTD, weights["wk_DKH"])
-        v = jnp.einsum("BTD,DKH->BTKH", y_BTD, weights["wv_DKH"])
+        q = product("BTD,DNH->BTNH", y_BTD, weights["wq_DNH"])
+        k = product("BTD,DKH->BTKH", y_BTD, weights["wk_DKH"])
+        v = product("BTD,DKH->BTKH", y_BTD, weights["wv_DKH"])
         if cfg.qkv_bias:
             q, k, v = q + weights["bq_NH"], k + weights["bk_KH"], v + weights["bv_KH"]
         if cfg.qk_norm:
             q = rms_norm(q, weights["q_norm_H"], cfg.rms_eps)
             k = rms_norm(k, weights["k_norm_H"], cfg.rms_eps)
         out, kept = attention(apply_rope(q, rope), apply_rope(k, rope), v)
-        x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", out, weights["wo_NHD"])
+        x_BTD = x_BTD + product("BTNH,NHD->BTD", out, weights["wo_NHD"])
     with jax.named_scope("mlp"):
         y_BTD = rms_norm(x_BTD, weights["mlp_norm_D"], cfg.rms_eps)
-        gate = jax.nn.silu(jnp.einsum("BTD,DF->BTF", y_BTD, weights["w_gate_DF"]))
-        up = jnp.einsum("BTD,DF->BTF", y_BTD, weights["w_up_DF"])
-        x_BTD = x_BTD + jnp.einsum("BTF,FD->BTD", gate * up, weights["w_down_FD"])
+        gate = jax.nn.silu(product("BTD,DF->BTF", y_BTD, weights["w_gate_DF"]))
+        up = product("BTD,DF->BTF", y_BTD, weights["w_up_DF"])
+        x_BTD = x_BTD + product("BTF,FD->BTD", gate * up, weights["w_down_FD"])
     return x_BTD, kept
 
 

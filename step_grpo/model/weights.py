@@ -28,6 +28,7 @@ from step_grpo import paths
 from step_grpo.errors import UserError
 from step_grpo.hub import offline
 from step_grpo.mesh import shardings
+from step_grpo.model.linear import Weight, axes_of, dense
 from step_grpo.model.qwen import (
     Params,
     QwenConfig,
@@ -149,19 +150,25 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     )
 
 
-def load_params(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Params:
+def load_params(
+    checkpoint: Checkpoint,
+    mesh: Mesh | None = None,
+    *,
+    keep: Callable[[str, jax.Array], Weight] = lambda name, weight: weight,
+) -> Params:
     """Reads the weights as float32, one tensor of the file on the host at a time.
 
     Args:
         checkpoint: from `load_checkpoint`.
         mesh: over which the weights are to lie, as `step_grpo.mesh.RULES` says, straight from the file; None
             for one device.
+        keep: (our name, float32 weight) -> the form to keep it in; the float32 weight is then freed.
 
     Returns:
         The tree of `step_grpo.model.qwen.abstract_params`.
     """
     cfg = checkpoint.config
-    where = param_shardings(cfg, mesh)
+    where, axes = param_shardings(cfg, mesh), logical_axes(cfg)
     params: Params = {"layers": {}}
     with contextlib.ExitStack() as stack:
         handles = {path: stack.enter_context(_open(path)) for path in set(checkpoint.files.values())}
@@ -170,12 +177,22 @@ def load_params(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Params:
             return handles[checkpoint.files[name]].get_tensor(name)
 
         for rule in _rules(cfg):
+            branch, places, names = params, where, axes
             if _is_stacked(rule):
-                sharding = where["layers"][rule.ours]
-                params["layers"][rule.ours] = _stacked_weight(rule, cfg, read, sharding)
+                branch, places, names = params["layers"], where["layers"], axes["layers"]
+                weight = _stacked_weight(rule, cfg, read, places[rule.ours])
             else:
-                params[rule.ours] = _placed(_host_tensor(rule, cfg, read), where[rule.ours])
+                weight = _placed(_host_tensor(rule, cfg, read), places[rule.ours])
+            kept = lay_out(keep(rule.ours, weight), names[rule.ours], mesh)
+            branch[rule.ours] = jax.block_until_ready(kept)
     return params
+
+
+def lay_out(weight: Weight, axes: tuple[str | None, ...], mesh: Mesh | None) -> Weight:
+    """A weight, all its parts, where its logical axes lie on a mesh; without one, where it is."""
+    if mesh is None:
+        return weight
+    return jax.device_put(weight, shardings(mesh, axes_of(axes, weight), weight))
 
 
 def param_shardings(cfg: QwenConfig, mesh: Mesh | None) -> Params:
@@ -201,7 +218,7 @@ def save_params(
     one shard is on the host. A tied head is not written.
 
     Args:
-        params: the tree of `step_grpo.model.qwen`, arrays of JAX or NumPy.
+        params: the tree of `step_grpo.model.qwen`, arrays of JAX or NumPy; adapters are merged.
         hf_config: contents of the `config.json` that goes with them.
         folder: an existing folder.
         dtype: "float32", "float16" or "bfloat16".
@@ -497,9 +514,10 @@ def _without_layers(sharding: Sharding) -> Sharding:
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _one_layer(weight: jax.Array, layer: int, dtype: str) -> jax.Array:
-    """One layer of a stacked weight, cast on the device; one compiled slice serves every layer."""
-    return jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False).astype(DTYPES[dtype])
+def _one_layer(weight: Weight, layer: int, dtype: str) -> jax.Array:
+    """One layer of a stacked weight, merged and cast on the device; one compiled slice serves every layer."""
+    sliced = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), weight)
+    return dense(sliced).astype(DTYPES[dtype])
 
 
 def _to_file(params: Params, rule: Rule, layer: int, sizes: dict[str, int], dtype: str) -> np.ndarray:
