@@ -57,6 +57,7 @@ from benchmarks.update_peers import (
     trl_memory,
 )
 from benchmarks.workload import SHAPES, encode, tiny_config
+from step_grpo.fit.flops import forward_flops
 from step_grpo.grpo.advantages import group_advantages
 from step_grpo.grpo.packing import PackedBatch, Sample, pack, unpack
 from step_grpo.grpo.settings import GrpoSettings
@@ -450,14 +451,7 @@ def alive(program: Any) -> int:
 
 def useful_flops(cfg: qwen.QwenConfig, batch: Sequence[Sample]) -> float:
     """Of one update without recomputation: three times those of the forward pass."""
-    heads = cfg.width * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads)
-    a_token = 2 * cfg.layers * (heads + 3 * cfg.width * cfg.ffn)
-    a_pair = 4 * cfg.layers * cfg.heads * cfg.head_dim  # a query and a key that it sees
-    a_logprob = 2 * cfg.width * cfg.vocab_size
-    forward = sum(
-        len(s) * a_token + len(s) * (len(s) + 1) // 2 * a_pair + len(s.completion_ids) * a_logprob
-        for s in batch
-    )
+    forward = forward_flops(cfg, [len(s) for s in batch], sum(len(s.completion_ids) for s in batch))
     return 3.0 * forward
 
 

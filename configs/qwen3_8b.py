@@ -3,8 +3,11 @@
     python -m step_grpo.main --config=configs/qwen3_8b.py            # the run, the same line on every host
     python -m step_grpo.main --config=configs/qwen3_8b.py:runlocal   # two steps, tiny random model, any CPU
 
-Hardware: not measured. Float32 weights, gradients and Adam, a bfloat16 copy to compute with and the bfloat16
-reference are 20 bytes a parameter, so about 164 GB over all chips before activations and the rollout cache.
+Hardware: nothing was run. Compiled for a slice, its programs need (`python -m step_grpo.fit`):
+
+- v5p:2x2x1, four chips, as it is: 77 of 95.7 GiB a chip, with 32 lanes.
+- v6e:2x4, eight chips, with --config.mesh.tensor=4 --config.grpo.moments_dtype=bfloat16: 28 of 31.25 GiB a
+  chip, with 16 lanes.
 """
 
 from ml_collections import ConfigDict

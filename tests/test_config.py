@@ -73,7 +73,10 @@ def test_config_loads_locked_and_valid(path):
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
 def test_real_config_has_the_papers_settings(path):
     config = load_config(str(path))
-    assert {field: get(config, field) for field in PAPER} == PAPER
+    sizes = ("prompts_per_step", "grpo.prompts_per_update", "rollout.max_prompt_tokens")
+    smaller = (*sizes, "rollout.max_response_tokens") if path.stem.endswith("colab") else ()
+    expected = {field: value for field, value in PAPER.items() if field not in smaller}
+    assert {field: get(config, field) for field in expected} == expected
     assert config.rollout.strict == path.stem.startswith("qwen3")
 
 

@@ -180,7 +180,7 @@ def make_update(
 
     def init(params: Params) -> TrainState:
         state = jax.eval_shape(optimizer.init, params)
-        make = jax.jit(optimizer.init, out_shardings=_beside(optimizer, state, params))
+        make = jax.jit(optimizer.init, out_shardings=moments_beside(optimizer, state, params))
         step = _zero((), _everywhere(params), jnp.int32)
         return TrainState(step, params, make(params))
 
@@ -204,7 +204,7 @@ def _zero(shape: tuple[int, ...], where: jax.sharding.Sharding, dtype: Any = jnp
     return jnp.zeros(shape, dtype, device=where if isinstance(where, NamedSharding) else None)
 
 
-def _beside(optimizer: optax.GradientTransformation, state: optax.OptState, params: Params) -> Any:
+def moments_beside(optimizer: optax.GradientTransformation, state: optax.OptState, params: Params) -> Any:
     """Where an optimizer's state lies: moments where their params do, for zeros know of no place."""
     everywhere = _everywhere(params)
     if not isinstance(everywhere, NamedSharding):

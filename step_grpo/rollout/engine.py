@@ -4,7 +4,7 @@ import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from step_grpo.model.attention import XLA, Attention
 from step_grpo.model.load import Description
 from step_grpo.rollout import decode
 from step_grpo.rollout.phases import DONE, REASONS, Machine
-from step_grpo.rollout.policies import Built, build_policy, encode
+from step_grpo.rollout.policies import Built, Policy, build_policy, encode
 from step_grpo.rollout.programs import Programs, annex_lanes, make_ladder, round_up, shape_of
 from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, reach, token_bytes
 
@@ -177,21 +177,23 @@ class RolloutEngine:
         """
         if self._programs is None:
             lanes = self.lanes or self._lanes_that_fit(completions)
-            ladder = make_ladder(lanes, self.capacity, self.max_prompt, self._groups, annex=self._has_annex)
-            rows = max(1, lanes // self._groups // REFILL_SHARE)
-            self._programs = Programs(
-                self.cfg,
-                self.machine,
-                self.vocab,
-                params,
-                self._judge_params,
-                ladder,
-                rows=rows,
-                dtype=self.dtype,
-                mesh=self.mesh,
-                attention=self._attention,
-            )
+            self._programs = self.programs(lanes).compile(params)
         return self._programs
+
+    def programs(self, lanes: int) -> Programs:
+        """The programs for so many lanes over all devices, not yet compiled."""
+        ladder = make_ladder(lanes, self.capacity, self.max_prompt, self._groups, annex=self._has_annex)
+        return Programs(
+            self.cfg,
+            self.machine,
+            self.vocab,
+            self._judge_params,
+            ladder,
+            rows=max(1, lanes // self._groups // REFILL_SHARE),
+            dtype=self.dtype,
+            mesh=self.mesh,
+            attention=self._attention,
+        )
 
     def _lanes_that_fit(self, completions: int) -> int:
         wanted = round_up(completions, self._groups) // self._groups
@@ -629,21 +631,8 @@ def build_engine(
     """
     tokenizer = described.tokenizer
     policy, judge_params = build_policy(config, tokenizer, dtype) if truncate else Built(None, None)
-    machine = Machine(
-        policy=policy,
-        max_response=max_response,
-        think_budget=int(config.think_ratio * max_response),
-        budget_margin=config.budget_margin,
-        max_probes=config.max_probes,
-        max_repetitions=config.max_repetitions,
-        temperature=temperature,
-        top_p=top_p,
-        think_end=think_end_id(tokenizer),
-        eos=described.eos_ids,
-        closing=encode(tokenizer, CLOSING),
-        top_k=top_k,
-        min_p=min_p,
-    )
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    machine = build_machine(described, config, policy, max_response, sampling)
     texts = token_bytes(tokenizer, described.config.vocab_size)
     delimiters = tuple(config.verifier.delimiters) if machine.judge else ()
     vocab = build_vocabulary(texts, tuple(config.triggers), delimiters)
@@ -657,4 +646,26 @@ def build_engine(
         mesh=mesh,
         attention=attention,
         judge_params=jax.device_put(judge_params, replicated(mesh)),
+    )
+
+
+def build_machine(
+    described: Description,
+    config: ConfigDict,
+    policy: Policy | None,
+    max_response: int,
+    sampling: Mapping[str, Any],
+) -> Machine:
+    """The settings of a rollout, in tokens; the arguments are those of `build_engine`."""
+    return Machine(
+        policy=policy,
+        max_response=max_response,
+        think_budget=int(config.think_ratio * max_response),
+        budget_margin=config.budget_margin,
+        max_probes=config.max_probes,
+        max_repetitions=config.max_repetitions,
+        think_end=think_end_id(described.tokenizer),
+        eos=described.eos_ids,
+        closing=encode(described.tokenizer, CLOSING),
+        **sampling,
     )

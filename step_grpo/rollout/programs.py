@@ -116,7 +116,6 @@ class Programs:
         cfg: qwen.QwenConfig,
         machine: Machine,
         vocab: Vocabulary,
-        params: qwen.Params,
         judge_params: qwen.Params | None,
         ladder: Ladder,
         *,
@@ -125,13 +124,12 @@ class Programs:
         mesh: Mesh,
         attention: Attention = XLA,
     ):
-        """Compiles everything, side by side on the host's cores.
+        """Remembers the settings; `compile` comes next.
 
         Args:
             cfg: architecture.
             machine: settings of the rollout.
-            vocab: token tables.
-            params: `qwen.decode_params`, a copy for every part of `data`.
+            vocab: token tables, arrays or their shapes but for those of `reach`.
             judge_params: of the second model that checks ask, on every device.
             ladder: shapes.
             rows: prompts that a device prefills at a time.
@@ -147,10 +145,15 @@ class Programs:
             decode.empty_state, cfg, machine, dtype=dtype, reach=reach(vocab.triggers), attention=attention
         )
         self._prefill = partial(decode.prefill, cfg, machine.judge, attention=attention)
+        self._programs: dict[Hashable, Any] = {}
+
+    def compile(self, params: qwen.Params) -> "Programs":
+        """Compiles everything, side by side on the host's cores; `params` as for `plan`."""
         with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-            planned = self._plan(params)
-            made = pool.map(lambda lowered: lowered().compile(), planned.values())
+            planned = self.plan(params)
+            made = pool.map(lambda lower: lower().compile(), planned.values())
             self._programs = dict(zip(planned, made, strict=True))
+        return self
 
     @property
     def judge_prefix(self) -> int:
@@ -199,8 +202,12 @@ class Programs:
 
     # ------------------------------------------------------------------ how they are made
 
-    def _plan(self, params: qwen.Params) -> dict[Hashable, Callable[[], Any]]:
-        """Every program by its key, each ready to be lowered."""
+    def plan(self, params: qwen.Params) -> dict[Hashable, Callable[[], Any]]:
+        """Every program by its key, each ready to be lowered.
+
+        Args:
+            params: `qwen.decode_params`, a copy for every part of `data`; their shapes are enough.
+        """
         n = axis_size(self._mesh, "data")
         judge_params = self._judge_params
         local, all_ = PartitionSpec("data"), PartitionSpec()
@@ -228,7 +235,7 @@ class Programs:
         for shape in self.ladder.shapes[: len(self.ladder.capacities)]:
             for width in self.ladder.widths:
                 if width + self.judge_prefix <= shape.capacity:
-                    plan["insert", shape, width] = self._plan_insert(shape, self._prefilled(params, width))
+                    plan["insert", shape, width] = partial(self._lower_insert, params, shape, width)
         for shape in self.ladder.shapes if annex else []:
             lanes = self._abstract((self.ladder.annex,), jnp.int32)
             states = self._state(shape), self._state(*annex)
@@ -237,11 +244,11 @@ class Programs:
             )
         return plan | self._plan_resizes() | self._plan_packings()
 
-    def _plan_insert(self, shape: Shape, prefilled: Prefilled) -> Callable[[], Any]:
+    def _lower_insert(self, params: qwen.Params, shape: Shape, width: int) -> Any:
         lanes = self._abstract((shape.lanes,), jnp.int32)
-        arguments = (self._state(shape), prefilled, lanes, lanes, lanes, lanes)
+        arguments = (self._state(shape), self._prefilled(params, width), lanes, lanes, lanes, lanes)
         local = PartitionSpec("data")
-        return self._lower(decode.insert, arguments, (local,) * 6, local, donate=0)
+        return self._lower(decode.insert, arguments, (local,) * 6, local, donate=0)()
 
     def _plan_resizes(self) -> dict[Hashable, Callable[[], Any]]:
         local = PartitionSpec("data")
@@ -277,11 +284,13 @@ class Programs:
         )
 
     def _lower(self, function, arguments, in_specs, out_specs, donate=()):
-        sharded = self._on_each_device(function, in_specs, out_specs)
-        # Said of outputs too: an array of size 0 would else lose its sharding, and its next reader refuse it.
-        where = self._where(jax.eval_shape(sharded, *arguments))
-        program = jax.jit(sharded, donate_argnums=donate, out_shardings=where)
-        return lambda: program.lower(*arguments)
+        def lower():
+            sharded = self._on_each_device(function, in_specs, out_specs)
+            # Said of outputs too: an array of size 0 would else lose its sharding, and its reader refuse it.
+            where = self._where(jax.eval_shape(sharded, *arguments))
+            return jax.jit(sharded, donate_argnums=donate, out_shardings=where).lower(*arguments)
+
+        return lower
 
     def _where(self, tree: Any) -> Any:
         """Where every array of a tree lies: over `data`, and the heads of a cache over `tensor` too."""

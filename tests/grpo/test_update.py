@@ -283,3 +283,22 @@ def test_each_function_compiles_once_over_devices():
             grads, sums = update.accumulate(state.params, grads, sums, batch)
         state, _ = update.apply(state, grads, sums)
     assert [f._cache_size() for f in (update.accumulate, update.apply)] == [1, 1]
+
+
+@pytest.mark.parametrize("moments_dtype", ["float32", "bfloat16"])
+def test_optimizer_state_lies_where_its_params_do(moments_dtype):
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    where = {
+        "embed": PartitionSpec(None, "fsdp"),
+        "mix": PartitionSpec("fsdp"),
+        "head": PartitionSpec("fsdp"),
+    }
+    where = {name: NamedSharding(mesh, where.get(name, PartitionSpec())) for name in toy_params()}
+    update = make_update(hidden_fn, head_fn, SETTINGS, adamw(moments_dtype=moments_dtype), mesh=mesh)
+    params = jax.device_put(toy_params(), where)
+    state = update.init(params)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    expected = 2 * jax.tree.leaves(params)  # the first moments, then the second
+    for moment, param in zip(moments, expected, strict=True):
+        assert moment.shape == param.shape
+        assert moment.sharding.is_equivalent_to(param.sharding, param.ndim)

@@ -1,0 +1,248 @@
+"""The smallest slice of each chip for each Qwen3: `python -m step_grpo.fit.table --out=docs/fit.md`.
+
+Slices and meshes are tried from the smallest on. What cannot fit by counting arrays is passed over; of the
+rest the programs that decide are compiled with full effort, and the first that fits is the answer. Every
+result goes to a file of JSON lines (`--cache`) at once, so that the command can be interrupted and goes on
+where it was; remove the file after a change of the model or the update.
+
+`--only=Qwen3-8B` restricts it to some models, by a part of their names.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from step_grpo import cli
+from step_grpo.config import base_config
+from step_grpo.errors import UserError
+from step_grpo.fit.architectures import PUBLISHED
+from step_grpo.fit.check import Measure, Plan, Verdict, compile_all
+from step_grpo.fit.chips import CHIPS, GIB, chip_count, chip_of
+from step_grpo.fit.compile import Result, Task, decoded, measure, measure_many_sizes, require_libtpu
+from step_grpo.fit.programs import Sizes, chosen_lanes
+from step_grpo.model.qwen import abstract_params, config_from_hf
+
+MODELS = tuple(name for name in PUBLISHED if name.startswith("Qwen/"))
+TENSORS = (1, 2, 4)  # as many as every host has devices
+MOMENTS = ("float32", "bfloat16")
+MOST_SLICES = 3  # looked at, from the smallest that may hold the arrays
+WORKING = 0.25  # GiB that a layer takes in the update for every thousand of its width, about
+Many = Callable[[Sequence[Task]], list[Sizes | str]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is looked for: a model on a chip."""
+
+    model: str
+    chip: str
+
+
+class Found(NamedTuple):
+    """The smallest slice for a cell."""
+
+    topology: str
+    mesh: tuple[int, int, int]
+    moments: str
+    lanes: int  # over all devices
+    worst: str  # program
+    peak: float  # its bytes of a device
+
+    @property
+    def text(self) -> str:
+        """As it stands in the table."""
+        _, fsdp, tensor = self.mesh
+        hbm = chip_of(self.topology).hbm
+        note = ", bf16 moments" if self.moments == "bfloat16" else ""
+        return (
+            f"{self.topology} (fsdp {fsdp}, tensor {tensor}{note}): {self.peak / GIB:.1f} GiB, "
+            f"{self.peak / hbm:.0%}, in {self.worst}; {self.lanes} lanes"
+        )
+
+
+def main(out: str = "docs/fit.md", cache: str = "workdir/fit.jsonl", only: str = "") -> None:
+    """Finds every cell and writes the table."""
+    require_libtpu()
+    models = [model for model in MODELS if only in model]
+    if not models:
+        raise UserError(f"--only={only}: no such model; there are {', '.join(MODELS)}")
+    known = Remembered(Path(cache), measure)
+    found: dict[Cell, Found | None] = {}
+    for cell in (Cell(model, chip) for model in models for chip in CHIPS):
+        found[cell] = search(cell, known, measure_many_sizes)
+        print(f"{cell.model} on {cell.chip}: {text_of(found[cell])}", flush=True)
+        Path(out).write_text(render(found), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- the search
+
+
+def config_for(model: str, tensor: int, moments: str) -> ConfigDict:
+    """The paper's run of a model."""
+    config = base_config().unlock()
+    config.model.checkpoint = model
+    config.mesh.tensor = tensor
+    config.grpo.moments_dtype = moments
+    return config.lock()
+
+
+def candidates(cell: Cell, sizes_of: Many) -> Iterator[Plan]:
+    """Ways to spread the run that may fit by counting, the smallest slices first.
+
+    Of one slice those with full moments come first, and then those with room for more lanes.
+    """
+    names = [name for name in slices(cell.chip) if at_least(cell.model, name) < chip_of(name).hbm][
+        :MOST_SLICES
+    ]
+    tasks = [
+        Task(config_for(cell.model, tensor, moments), name, "")
+        for name in names[:MOST_SLICES]
+        for moments in MOMENTS
+        for tensor in TENSORS
+        if chip_count(name) * CHIPS[cell.chip].devices % tensor == 0
+    ]
+    plans = []
+    for task, sizes in zip(tasks, sizes_of(tasks), strict=True):
+        if isinstance(sizes, str):
+            continue
+        lanes = chosen_lanes(sizes, task.topology)
+        sized = replace(task, lanes=lanes, rows=sizes.row_shares)
+        plan = Plan(sized, sizes, chip_of(task.topology), lanes_asked=False)
+        if lanes and counted(plan) <= plan.limit:
+            plans.append(plan)
+    yield from sorted(plans, key=rank)
+
+
+def slices(chip: str) -> list[str]:
+    """Those of a chip, the smallest first."""
+    return [f"{chip}:{shape}" for shape in CHIPS[chip].slices]
+
+
+def at_least(model: str, topology: str) -> float:
+    """Bytes of a device for weights, reference, two sums of gradients and bfloat16 moments, evenly spread."""
+    shapes = abstract_params(config_from_hf(PUBLISHED[model]))
+    numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    return 20.0 * numbers / (chip_count(topology) * chip_of(topology).devices)
+
+
+def rank(plan: Plan) -> tuple[int, bool, int]:
+    """By chips, then full moments, then lanes."""
+    halved = plan.task.config.grpo.moments_dtype != "float32"
+    return chip_count(plan.task.topology), halved, -plan.task.lanes * plan.sizes.groups
+
+
+def counted(plan: Plan) -> float:
+    """Bytes of a device that the backward pass needs at least.
+
+    The arrays of the run, the gradients of a micro-batch beside their sum, half as much as the weights for
+    them in bfloat16, and what is kept of every layer.
+    """
+    held, config = plan.sizes.held, plan.task.config
+    cfg = config_from_hf(PUBLISHED[config.model.checkpoint])
+    kept = cfg.layers * config.grpo.row_length * cfg.width * 2
+    arrays = sum(
+        held[name] for name in ("params", "moments", "reference", "gradients", "gradients", "batches")
+    )
+    return arrays + held["params"] / 2 + kept + WORKING * cfg.width / 1000 * GIB
+
+
+def search(cell: Cell, measured: Measure, sizes_of: Many) -> Found | None:
+    """The first candidate that fits; None if none does."""
+    for plan in candidates(cell, sizes_of):
+        deciding = ["accumulate"]
+        verdict = Verdict(plan, compile_all(plan, measured, deciding))
+        if verdict.fits:
+            others = [name for name in ("grow", "segment", "weights", "apply") if name in plan.programs]
+            verdict = Verdict(plan, {**verdict.results, **compile_all(plan, measured, others)})
+        if verdict.fits:
+            return Found(
+                plan.task.topology,
+                plan.sizes.mesh,
+                plan.task.config.grpo.moments_dtype,
+                plan.task.lanes * plan.sizes.groups,
+                verdict.worst,
+                verdict.totals[verdict.worst],
+            )
+    return None
+
+
+# ---------------------------------------------------------------------- what is kept
+
+
+class Remembered:
+    """A measure whose results are kept in a file of JSON lines."""
+
+    def __init__(self, path: Path, measure: Measure):
+        self.path, self.measure = path, measure
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        records = [json.loads(line) for line in lines]
+        self.known: dict[str, dict[str, Any]] = {record["task"]: record["result"] for record in records}
+
+    def __call__(self, task: Task) -> Result:
+        """The result of a task, compiled if it is new."""
+        key = name_of(task)
+        if key not in self.known:
+            result = self.measure(task)
+            if result.problem:
+                return result
+            self.known[key] = result._asdict()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"task": key, "result": self.known[key]}) + "\n")
+        return decoded(self.known[key])
+
+
+def name_of(task: Task) -> str:
+    """All that a result depends on, in words."""
+    config = task.config
+    mesh = "x".join(str(config.mesh[axis]) for axis in ("data", "fsdp", "tensor"))
+    return (
+        f"{config.model.checkpoint} {task.topology} mesh {mesh} moments {config.grpo.moments_dtype} "
+        f"{task.program} lanes {task.lanes} rows {task.rows}"
+    )
+
+
+# ---------------------------------------------------------------------- the page
+
+INTRODUCTION = """\
+# What fits where
+
+The smallest slice of each chip that holds a run with the paper's settings: 2048 + 16384 tokens, G = 5, full
+fine-tuning with AdamW, the frozen reference beside it. Made by `python -m step_grpo.fit.table`: the programs
+that decide (the backward pass, AdamW, the decode loop, the growth of its cache, the weights that it reads)
+were compiled for the slice with full effort. Nothing was run.
+
+The figure is what a device needs at the fullest moment of the run, all other arrays included, its share of
+the device's memory, and the program in which that is. Lanes are those that the run itself would take, over
+all devices. A chip of tpu7x has two devices."""
+
+
+def text_of(found: Found | None) -> str:
+    """As it stands in the table."""
+    return found.text if found else "none of its slices"
+
+
+def render(found: dict[Cell, Found | None]) -> str:
+    """The page in Markdown."""
+    models = list(dict.fromkeys(cell.model for cell in found))
+    lines = [
+        *INTRODUCTION.splitlines(),
+        "",
+        f"| | {' | '.join(CHIPS)} |",
+        f"|---{'|---' * len(CHIPS)}|",
+    ]
+    for model in models:
+        cells = [found.get(Cell(model, chip), ...) for chip in CHIPS]
+        texts = ["" if cell is ... else text_of(cell) for cell in cells]
+        lines.append(f"| {model.removeprefix('Qwen/')} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)
