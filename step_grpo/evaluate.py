@@ -107,16 +107,21 @@ def decode_ready(params: qwen.Params, cfg: qwen.QwenConfig, dtype: str, mesh: Me
         dtype: of the copy.
         mesh: from `make_mesh`; the result lies on `share_of` it.
     """
+    where = decode_shardings(params, cfg, dtype, mesh)
+    ready = jax.jit(qwen.decode_params, static_argnums=1, out_shardings=where)(params, dtype)
+    mine = share_of(mesh, jax.process_index())
+    return jax.tree.map(lambda weight: seen_from(mine, weight), ready)
+
+
+def decode_shardings(params: qwen.Params, cfg: qwen.QwenConfig, dtype: str, mesh: Mesh) -> Any:
+    """Where each array of `qwen.decode_params` lies; the arguments are those of `decode_ready`, or shapes."""
     shapes = jax.eval_shape(partial(qwen.decode_params, dtype=dtype), params)
     whole = qwen.decode_axes(cfg)
     layers = tuple(
         {name: axes_of(names[name], weight) for name, weight in layer.items()}
         for names, layer in zip(whole["layers"], shapes["layers"], strict=True)
     )
-    where = shardings(mesh, {**whole, "layers": layers}, shapes)
-    ready = jax.jit(qwen.decode_params, static_argnums=1, out_shardings=where)(params, dtype)
-    mine = share_of(mesh, jax.process_index())
-    return jax.tree.map(lambda weight: seen_from(mine, weight), ready)
+    return shardings(mesh, {**whole, "layers": layers}, shapes)
 
 
 def evaluate(

@@ -216,7 +216,7 @@ def test_largest_size_where_the_compiler_tells_nothing_of_what_is_too_large():
 # ---------------------------------------------------------------------- the verdict
 
 HELD = {
-    "params": 8, "moments": 16, "reference": 8, "gradients": 8, "decode weights": 4, "tables": 0,
+    "base": 0, "params": 8, "moments": 16, "reference": 8, "gradients": 8, "decode weights": 4, "tables": 0,
     "batches": 1, "cache": 1, "prompts": 0,
 }  # fmt: skip
 
@@ -359,7 +359,7 @@ def test_table_takes_the_smallest_slice_that_fits_and_compiles_nothing_twice(tmp
             name: int(8e9 * size / (1 if name == "decode weights" else devices))
             for name, size in each.items()
         }
-        held |= {"tables": 0, "batches": 0, "cache": GIB // tensor, "prompts": 0}
+        held |= {"base": 0, "tables": 0, "batches": 0, "cache": GIB // tensor, "prompts": 0}
         fsdp = devices // tensor
         return Sizes(held, 8 * 10**9, fsdp, fsdp, fsdp, (1, fsdp, tensor), 640, True)
 
@@ -393,6 +393,7 @@ def small_task(program, **fields):
     config.model.dtype = "bfloat16"
     config.mesh.update(data=1, fsdp=2, tensor=2)
     config.grpo.rows = 0
+    config.update_from_flattened_dict(fields)
     return Task(config, "v5e:2x2", program, lanes=4, rows=2)
 
 
@@ -408,6 +409,17 @@ def test_programs_compile_with_kernels_over_a_mesh(program, importable):
     assert not result.problem and result.fits and result.kernels > 0, result
     assert result.peak >= result.arguments > 0
     assert "all-reduce" in {t.kind for t in result.traffic}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_programs_of_an_adapter_compile(base, importable):
+    fields = {"lora.rank": 8, "lora.base": base}
+    sizes = measure_sizes(small_task("sizes", **fields))
+    assert 0 < sizes.held["params"] < sizes.held["base"]
+    for program in ("weights", "accumulate"):
+        result = measure(small_task(program, **fields))
+        assert not result.problem and result.fits, result
 
 
 @needs_libtpu

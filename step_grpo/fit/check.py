@@ -187,6 +187,9 @@ def advice(verdict: Verdict, lanes: int | None = None, rows: int | None = None) 
     if config.grpo.moments_dtype == "float32":
         freed = plan.sizes.held["moments"] / 2 / GIB
         said.append(f"set config.grpo.moments_dtype=bfloat16, which frees {freed:.1f} GiB a device")
+    if not config.lora.rank:
+        freed = sum(plan.sizes.held[name] for name in ("params", "moments", "gradients")) / GIB
+        said.append(f"train an adapter (config.lora.rank=16), which frees most of {freed:.1f} GiB a device")
     if larger := larger_slice(plan.task.topology):
         said.append(f"take a larger slice, such as {larger}")
     return said

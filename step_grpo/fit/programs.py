@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from step_grpo.errors import UserError
+from step_grpo.evaluate import decode_shardings
 from step_grpo.fit.architectures import architecture_of
 from step_grpo.fit.chips import chip_count, chip_of
 from step_grpo.grpo.loss import LossSums
@@ -29,8 +30,9 @@ from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.update import TrainBatch, TrainState, moments_beside
 from step_grpo.main import build_update, optimizer_of
 from step_grpo.mesh import axis_size, make_mesh, over_data, replicated, row_shares, shardings, share_of
-from step_grpo.model import qwen
+from step_grpo.model import lora, qwen
 from step_grpo.model.attention import choose_attention
+from step_grpo.model.linear import axes_of
 from step_grpo.model.load import Description
 from step_grpo.rollout.engine import RolloutEngine, build_machine, lane_bytes, lanes_that_fit
 from step_grpo.rollout.policies import build_policy
@@ -43,13 +45,13 @@ UPDATE = ("log-probs", "accumulate", "apply")
 STAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "weights": ("moments", "reference", "tables"),
-        "prefill": ("params", "moments", "reference", "tables", "cache"),
-        "insert": ("params", "moments", "reference", "decode weights", "tables"),
-        "segment": ("params", "moments", "reference", "prompts"),
-        "grow": ("params", "moments", "reference", "decode weights", "tables", "prompts"),
+        "prefill": ("base", "params", "moments", "reference", "tables", "cache"),
+        "insert": ("base", "params", "moments", "reference", "decode weights", "tables"),
+        "segment": ("base", "params", "moments", "reference", "prompts"),
+        "grow": ("base", "params", "moments", "reference", "decode weights", "tables", "prompts"),
         "log-probs": ("moments", "reference", "tables", "batches"),
         "accumulate": ("moments", "reference", "tables", "batches"),
-        "apply": ("reference", "tables", "batches"),
+        "apply": ("base", "reference", "tables", "batches"),
     }
 )
 """Which arrays of the run lie beside the arguments of each program."""
@@ -113,10 +115,39 @@ class Run:
     # ------------------------------------------------------------------ arrays
 
     @cached_property
+    def loaded(self) -> qwen.Params:
+        """The weights as they are kept once they are read from the files."""
+        keep, axes = lora.keeper(self.config), qwen.logical_axes(self.cfg)
+
+        def keep_all(params: qwen.Params) -> qwen.Params:
+            layers = {name: keep(name, weight) for name, weight in params["layers"].items()}
+            rest = {name: keep(name, weight) for name, weight in params.items() if name != "layers"}
+            return {**rest, "layers": layers}
+
+        shapes = jax.eval_shape(keep_all, qwen.abstract_params(self.cfg))
+        layers = {name: axes_of(axes["layers"][name], weight) for name, weight in shapes["layers"].items()}
+        rest = {name: axes_of(axes[name], weight) for name, weight in shapes.items() if name != "layers"}
+        return placed(shapes, shardings(self.mesh, {**rest, "layers": layers}, shapes))
+
+    @cached_property
     def params(self) -> qwen.Params:
-        """The master weights."""
-        shapes = qwen.abstract_params(self.cfg)
-        return placed(shapes, shardings(self.mesh, qwen.logical_axes(self.cfg), shapes))
+        """What is trained: the master weights, or an adapter beside them."""
+        settings = self.config.lora
+        if not settings.rank:
+            return self.loaded
+        targets = tuple(settings.targets)
+        adapter = jax.eval_shape(lambda: lora.init_adapter(self.cfg, settings.rank, targets, 0))
+        return placed(adapter, shardings(self.mesh, lora.adapter_axes(self.cfg, targets), adapter))
+
+    @property
+    def base(self) -> qwen.Params | None:
+        """The frozen weights beside an adapter."""
+        return self.loaded if self.config.lora.rank else None
+
+    @property
+    def whole(self) -> qwen.Params:
+        """The policy: weights, perhaps with an adapter beside them."""
+        return lora.attacher(self.config.lora)(self.params, self.base)
 
     @cached_property
     def state(self) -> TrainState:
@@ -129,8 +160,8 @@ class Run:
 
     def decode_weights(self, mesh: Mesh) -> qwen.Params:
         """The weights as the rollout reads them, over the whole mesh or over that of a host."""
-        shapes = jax.eval_shape(partial(qwen.decode_params, dtype=self.dtype), self.params)
-        return placed(shapes, shardings(mesh, qwen.decode_axes(self.cfg), shapes))
+        shapes = jax.eval_shape(partial(qwen.decode_params, dtype=self.dtype), self.whole)
+        return placed(shapes, decode_shardings(self.whole, self.cfg, self.config.model.dtype, mesh))
 
     @property
     def packed(self) -> PackedBatch:
@@ -181,9 +212,9 @@ class Run:
 
     def _rollout(self, program: str) -> Any:
         if program == "weights":
-            where = jax.tree.map(lambda x: x.sharding, self.decode_weights(self.mesh))
+            where = decode_shardings(self.whole, self.cfg, self.config.model.dtype, self.mesh)
             cast = jax.jit(qwen.decode_params, static_argnums=1, out_shardings=where)
-            return cast.lower(self.params, self.config.model.dtype)
+            return cast.lower(self.whole, self.config.model.dtype)
         plan = self.rollout.plan(self.decode_weights(self.sampling))
         ladder = self.rollout.ladder
         lanes, capacity, width = ladder.packed[0], ladder.capacities[-1], ladder.widths[-1]
@@ -200,9 +231,9 @@ class Run:
         zero: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
         sums = LossSums(*[zero] * len(LossSums._fields))
         if program == "log-probs":
-            return update.logprobs.lower(self.params, self.packed)
+            return update.logprobs.lower(self.params, self.packed, self.base)
         if program == "accumulate":
-            return update.accumulate.lower(self.params, self.params, sums, self.batch)
+            return update.accumulate.lower(self.params, self.params, sums, self.batch, self.base)
         return update.apply.lower(self.state, self.params, sums)
 
     # ------------------------------------------------------------------ sizes
@@ -215,9 +246,10 @@ class Run:
         tensor = axis_size(self.mesh, "tensor")
         lane = lane_bytes(self.cfg, engine.machine, engine.vocab, engine.capacity, engine.dtype, tensor)
         held = {
+            "base": device_bytes(self.base),
             "params": device_bytes(self.params),
             "moments": device_bytes(self.state.opt_state),
-            "reference": device_bytes(self.params),
+            "reference": device_bytes(self.params),  # of an adapter, what it began with
             "gradients": device_bytes(self.params),
             "decode weights": device_bytes(self.decode_weights(self.mesh)),
             "tables": device_bytes(engine.vocab),
@@ -229,7 +261,7 @@ class Run:
         }
         return Sizes(
             held=held,
-            numbers=sum(x.size for x in jax.tree.leaves(self.params)),
+            numbers=sum(x.size for x in jax.tree.leaves(qwen.abstract_params(self.cfg))),
             groups=groups,
             groups_here=axis_size(self.sampling, "data"),
             row_shares=groups,
@@ -253,7 +285,7 @@ def beside(program: str, held: Mapping[str, int], lanes: int) -> int:
 
 def chosen_lanes(sizes: Sizes, topology: str, *, annex: bool = False) -> int:
     """Lanes of a group that the run itself would choose (`config.rollout.lanes` of 0); 0 if none fits."""
-    resident = ("params", "moments", "reference", "decode weights", "tables")
+    resident = ("base", "params", "moments", "reference", "decode weights", "tables")
     free = int(chip_of(topology).hbm - sum(sizes.held[name] for name in resident))
     try:
         return lanes_that_fit([free], sizes.held["cache"], sizes.wanted, annex=annex)
@@ -313,6 +345,6 @@ def device_bytes(tree: Any) -> int:
     def of(leaf: Any) -> int:
         where = getattr(leaf, "sharding", None)
         shape = where.shard_shape(leaf.shape) if where is not None else leaf.shape
-        return math.prod(shape) * leaf.dtype.itemsize
+        return math.prod(shape) * jax.dtypes.itemsize_bits(leaf.dtype) // 8
 
     return sum(map(of, jax.tree.leaves(tree)))

@@ -30,7 +30,8 @@ from step_grpo.model.qwen import abstract_params, config_from_hf
 
 MODELS = tuple(name for name in PUBLISHED if name.startswith("Qwen/"))
 TENSORS = (1, 2, 4)  # as many as every host has devices
-MOMENTS = ("float32", "bfloat16")
+MODES = {"full": 0, "LoRA": 16}  # the rank of the adapter
+MOMENTS = {"full": ("float32", "bfloat16"), "LoRA": ("float32",)}
 MOST_SLICES = 3  # looked at, from the smallest that may hold the arrays
 WORKING = 0.25  # GiB that a layer takes in the update for every thousand of its width, about
 Many = Callable[[Sequence[Task]], list[Sizes | str]]
@@ -42,6 +43,7 @@ class Cell:
 
     model: str
     chip: str
+    mode: str = "full"  # one of MODES
 
 
 class Found(NamedTuple):
@@ -74,19 +76,20 @@ def main(out: str = "docs/fit.md", cache: str = "workdir/fit.jsonl", only: str =
         raise UserError(f"--only={only}: no such model; there are {', '.join(MODELS)}")
     known = Remembered(Path(cache), measure)
     found: dict[Cell, Found | None] = {}
-    for cell in (Cell(model, chip) for model in models for chip in CHIPS):
+    for cell in (Cell(model, chip, mode) for mode in MODES for model in models for chip in CHIPS):
         found[cell] = search(cell, known, measure_many_sizes)
-        print(f"{cell.model} on {cell.chip}: {text_of(found[cell])}", flush=True)
+        print(f"{cell.model} on {cell.chip}, {cell.mode}: {text_of(found[cell])}", flush=True)
         Path(out).write_text(render(found), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------- the search
 
 
-def config_for(model: str, tensor: int, moments: str) -> ConfigDict:
+def config_for(cell: Cell, tensor: int, moments: str) -> ConfigDict:
     """The paper's run of a model."""
     config = base_config().unlock()
-    config.model.checkpoint = model
+    config.model.checkpoint = cell.model
+    config.lora.rank = MODES[cell.mode]
     config.mesh.tensor = tensor
     config.grpo.moments_dtype = moments
     return config.lock()
@@ -97,13 +100,11 @@ def candidates(cell: Cell, sizes_of: Many) -> Iterator[Plan]:
 
     Of one slice those with full moments come first, and then those with room for more lanes.
     """
-    names = [name for name in slices(cell.chip) if at_least(cell.model, name) < chip_of(name).hbm][
-        :MOST_SLICES
-    ]
+    names = [name for name in slices(cell.chip) if at_least(cell, name) < chip_of(name).hbm][:MOST_SLICES]
     tasks = [
-        Task(config_for(cell.model, tensor, moments), name, "")
+        Task(config_for(cell, tensor, moments), name, "")
         for name in names[:MOST_SLICES]
-        for moments in MOMENTS
+        for moments in MOMENTS[cell.mode]
         for tensor in TENSORS
         if chip_count(name) * CHIPS[cell.chip].devices % tensor == 0
     ]
@@ -124,11 +125,15 @@ def slices(chip: str) -> list[str]:
     return [f"{chip}:{shape}" for shape in CHIPS[chip].slices]
 
 
-def at_least(model: str, topology: str) -> float:
-    """Bytes of a device for weights, reference, two sums of gradients and bfloat16 moments, evenly spread."""
-    shapes = abstract_params(config_from_hf(PUBLISHED[model]))
+def at_least(cell: Cell, topology: str) -> float:
+    """Bytes of a device for weights, reference, two sums of gradients and bfloat16 moments, evenly spread.
+
+    Of an adapter, for the weights of which it is one.
+    """
+    shapes = abstract_params(config_from_hf(PUBLISHED[cell.model]))
     numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    return 20.0 * numbers / (chip_count(topology) * chip_of(topology).devices)
+    each = 2.0 if MODES[cell.mode] else 20.0
+    return each * numbers / (chip_count(topology) * chip_of(topology).devices)
 
 
 def rank(plan: Plan) -> tuple[int, bool, int]:
@@ -203,7 +208,8 @@ def name_of(task: Task) -> str:
     config = task.config
     mesh = "x".join(str(config.mesh[axis]) for axis in ("data", "fsdp", "tensor"))
     return (
-        f"{config.model.checkpoint} {task.topology} mesh {mesh} moments {config.grpo.moments_dtype} "
+        f"{config.model.checkpoint} rank {config.lora.rank} {task.topology} mesh {mesh} "
+        f"moments {config.grpo.moments_dtype} "
         f"{task.program} lanes {task.lanes} rows {task.rows}"
     )
 
@@ -213,10 +219,10 @@ def name_of(task: Task) -> str:
 INTRODUCTION = """\
 # What fits where
 
-The smallest slice of each chip that holds a run with the paper's settings: 2048 + 16384 tokens, G = 5, full
-fine-tuning with AdamW, the frozen reference beside it. Made by `python -m step_grpo.fit.table`: the programs
-that decide (the backward pass, AdamW, the decode loop, the growth of its cache, the weights that it reads)
-were compiled for the slice with full effort. Nothing was run.
+The smallest slice of each chip that holds a run with the paper's settings: 2048 + 16384 tokens, G = 5,
+AdamW, and the reference. Made by `python -m step_grpo.fit.table`: the programs that decide (the backward
+pass, AdamW, the decode loop, the growth of its cache, the weights that it reads) were compiled for the slice
+with full effort. Nothing was run.
 
 The figure is what a device needs at the fullest moment of the run, all other arrays included, its share of
 the device's memory, and the program in which that is. Lanes are those that the run itself would take, over
@@ -229,18 +235,15 @@ def text_of(found: Found | None) -> str:
 
 
 def render(found: dict[Cell, Found | None]) -> str:
-    """The page in Markdown."""
-    models = list(dict.fromkeys(cell.model for cell in found))
-    lines = [
-        *INTRODUCTION.splitlines(),
-        "",
-        f"| | {' | '.join(CHIPS)} |",
-        f"|---{'|---' * len(CHIPS)}|",
-    ]
-    for model in models:
-        cells = [found.get(Cell(model, chip), ...) for chip in CHIPS]
-        texts = ["" if cell is ... else text_of(cell) for cell in cells]
-        lines.append(f"| {model.removeprefix('Qwen/')} | {' | '.join(texts)} |")
+    """The page in Markdown, a table for each mode."""
+    lines = INTRODUCTION.splitlines()
+    for mode in dict.fromkeys(cell.mode for cell in found):
+        title = f"LoRA of rank {MODES[mode]}" if MODES[mode] else "Full fine-tuning"
+        lines += ["", f"## {title}", "", f"| | {' | '.join(CHIPS)} |", f"|---{'|---' * len(CHIPS)}|"]
+        for model in dict.fromkeys(cell.model for cell in found if cell.mode == mode):
+            cells = [Cell(model, chip, mode) for chip in CHIPS]
+            texts = [text_of(found[cell]) if cell in found else "" for cell in cells]
+            lines.append(f"| {model.removeprefix('Qwen/')} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
 
