@@ -9,6 +9,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,11 +64,10 @@ def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
     mesh = mesh_of(config.mesh, config.rollout.lanes, config.grpo.rows)
     sampling = share_of(mesh, jax.process_index())
     described, params = load_model(config.model, config.seed, mesh, lora.keeper(config))
-    frozen = freeze(described.config, params, config, mesh)
+    trained, frozen = freeze(described.config, params, config, mesh)
     whole = lora.attacher(config.lora)
     update = build_update(described.config, config, optimizer_of(config.grpo), mesh)
-    # The update donates its state, and what training began with must outlive it: a copy.
-    state = update.init(jax.tree.map(jnp.copy, frozen.first))
+    state = update.init(trained)
     progress, state = checkpoint.restore(workdir, state, config)
 
     # ------------------------------------------------------------------ questions
@@ -266,7 +266,8 @@ class Frozen(NamedTuple):
 
     Attributes:
         base: what the trained adapter lies beside; None where all weights are trained.
-        first: what is trained, as it was before the first step.
+        first: what is trained, as it was before the first step, a copy; weights in the type of the compute,
+            which loses nothing: they are cast to it wherever they are read.
         reference: what the KL compares with; None for the base without an adapter.
     """
 
@@ -275,13 +276,18 @@ class Frozen(NamedTuple):
     reference: qwen.Params | None
 
 
-def freeze(cfg: qwen.QwenConfig, params: qwen.Params, config: ConfigDict, mesh: Mesh) -> Frozen:
-    """What stays as it was loaded or begun."""
+def freeze(
+    cfg: qwen.QwenConfig, params: qwen.Params, config: ConfigDict, mesh: Mesh
+) -> tuple[qwen.Params, Frozen]:
+    """What is trained, and what stays as it was loaded or begun."""
     if config.lora.rank:
         adapter = lora.init_adapter(cfg, config.lora.rank, tuple(config.lora.targets), config.seed)
         where = shardings(mesh, lora.adapter_axes(cfg, config.lora.targets), adapter)
-        return Frozen(base=params, first=jax.device_put(adapter, where), reference=None)
-    return Frozen(base=None, first=params, reference=params)
+        adapter = jax.device_put(adapter, where)
+        return adapter, Frozen(base=params, first=jax.tree.map(jnp.copy, adapter), reference=None)
+    # Always a copy: the update gives its own weights away.
+    first = jax.tree.map(partial(jnp.array, dtype=config.model.dtype), params)
+    return params, Frozen(base=None, first=first, reference=first)
 
 
 def optimizer_of(config: ConfigDict) -> Any:

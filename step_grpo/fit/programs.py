@@ -149,6 +149,15 @@ class Run:
         """The policy: weights, perhaps with an adapter beside them."""
         return lora.attacher(self.config.lora)(self.params, self.base)
 
+    @property
+    def first(self) -> qwen.Params:
+        """What training began with: the reference, in the type of the compute, or a fresh adapter."""
+        if self.config.lora.rank:
+            return self.params
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=x.sharding), self.params
+        )
+
     @cached_property
     def state(self) -> TrainState:
         """What an update changes."""
@@ -249,7 +258,7 @@ class Run:
             "base": device_bytes(self.base),
             "params": device_bytes(self.params),
             "moments": device_bytes(self.state.opt_state),
-            "reference": device_bytes(self.params),  # of an adapter, what it began with
+            "reference": device_bytes(self.first),
             "gradients": device_bytes(self.params),
             "decode weights": device_bytes(self.decode_weights(self.mesh)),
             "tables": device_bytes(engine.vocab),

@@ -126,13 +126,13 @@ def slices(chip: str) -> list[str]:
 
 
 def at_least(cell: Cell, topology: str) -> float:
-    """Bytes of a device for weights, reference, two sums of gradients and bfloat16 moments, evenly spread.
+    """Bytes of a device for weights, two sums of gradients, moments and reference in bfloat16, evenly spread.
 
     Of an adapter, for the weights of which it is one.
     """
     shapes = abstract_params(config_from_hf(PUBLISHED[cell.model]))
     numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    each = 2.0 if MODES[cell.mode] else 20.0
+    each = 2.0 if MODES[cell.mode] else 18.0
     return each * numbers / (chip_count(topology) * chip_of(topology).devices)
 
 
