@@ -8,14 +8,13 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -132,7 +131,7 @@ def _in_child(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as logs:
         done = subprocess.run(
             [sys.executable, "-m", __name__],
-            input=pickle.dumps(list(tasks)),
+            input=json.dumps([asdict(task) | {"config": task.config.to_dict()} for task in tasks]).encode(),
             env={**os.environ, **WITHOUT_TPU, "TPU_LOG_DIR": logs},
             capture_output=True,
             check=False,
@@ -195,7 +194,8 @@ def answer_all(tasks: Sequence[Task]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Reads tasks from standard input and writes the answers."""
-    print(json.dumps(answer_all(pickle.load(sys.stdin.buffer))))
+    tasks = json.load(sys.stdin)
+    print(json.dumps(answer_all([Task(**{**task, "config": ConfigDict(task["config"])}) for task in tasks])))
 
 
 if __name__ == "__main__":
