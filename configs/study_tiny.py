@@ -80,4 +80,5 @@ def get_config(arg=""):
         train=("eval.data.split=validation", "eval.questions=64", "save_every=24"),
         evaluate=("eval.samples=4",),
         splits={"test": ("eval.data.split=test",)},
+        reliability=("vanilla", "grpo", "step_grpo"),
     )

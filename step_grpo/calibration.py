@@ -117,9 +117,7 @@ def draw_reliability(curves: Mapping[str, Mapping[str, Any]], out: Path) -> None
     for delta in {own["delta"] for own in curves.values()}:
         for each in (axes, shares):
             each.axvline(delta, color="0.3", linestyle=":", linewidth=1)
-        axes.annotate(
-            f"delta {delta:g}", (delta, 0), xytext=(-4, 4), textcoords="offset points", rotation=90, ha="right"
-        )
+        axes.text(delta - 0.01, 0.02, f"delta {delta:g}", rotation=90, ha="right", fontsize="small")
     axes.set(ylabel="share of tentative answers that are right", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     shares.set(xlabel="confidence of the probe", ylabel="share of probes", ylim=(0, None))
     for each in (axes, shares):

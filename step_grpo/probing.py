@@ -1,6 +1,6 @@
-"""Probes of finished completions: what early exit would have seen, and whether it can be trusted.
+r"""Probes of finished completions: what early exit would have seen, and whether it can be trusted.
 
-`python -m step_grpo.probing --config=configs/tiny.py --checkpoint=builtin:tiny \\
+`python -m step_grpo.probing --config=configs/tiny.py --checkpoint=builtin:tiny \
     --completions=DIR/completions.jsonl --workdir=DIR2`
 
 Reads what `step_grpo.evaluate` has written. At every trigger in the thinking of a completion the model is
@@ -293,8 +293,8 @@ def told(figures: Mapping[str, Any]) -> str:
     above = figures["precision_above_delta"]
     right = "" if above is None else f", of which {above:.1%} are right"
     return (
-        f"{figures['count']} probes: confidence {figures['confidence']:.3f}, right {figures['accuracy']:.1%}, "
-        f"ECE {figures['ece']:.3f}; {figures['share_above_delta']:.1%} above {figures['delta']:g}{right}"
+        f"{figures['count']} probes: confidence {figures['confidence']:.3f}, right {figures['accuracy']:.1%},"
+        f" ECE {figures['ece']:.3f}; {figures['share_above_delta']:.1%} above {figures['delta']:g}{right}"
     )
 
 

@@ -3,9 +3,10 @@
 `python -m step_grpo.study --config=configs/study_tiny.py --workdir=DIR`
 
 Each row of the table is a short list of commands: a training, if it has one, and an evaluation on every
-split, for each seed; the pictured split once more in static batches, to see what refilling lanes saves. They
-run one after the other, each in a process of its own; what is finished is not run again, so the same line
-goes on where it was stopped. `results.json`, `results.md`, `results.tex` and `pareto.png` are written anew
+split, for each seed; the pictured split once more in static batches, to see what refilling lanes saves; and
+last, probes of its completions, to see whether their confidence can be trusted. They run one after the other,
+each in a process of its own; what is finished is not run again, so the same line goes on where it was
+stopped. `results.json`, `results.md`, `results.tex`, `pareto.png` and `calibration.png` are written anew
 after every row.
 """
 
@@ -23,14 +24,20 @@ from ml_collections import ConfigDict
 from step_grpo import cli
 from step_grpo.errors import UserError
 from step_grpo.study_config import validate_study
-from step_grpo.study_results import STATIC, write_results
+from step_grpo.study_results import PROBES, STATIC, write_results
 
 TRAINERS = {
     "train": "step_grpo.main",
     "imitate": "step_grpo.imitate",
     "verifier": "step_grpo.train_verifier",
 }
-FINISHED = {**dict.fromkeys(TRAINERS, "result.json"), "evaluate": "evaluation.json"}
+PROBE = "probe"
+OTHERS = {"evaluate": "step_grpo.evaluate", PROBE: "step_grpo.probing"}
+FINISHED = {
+    **dict.fromkeys(TRAINERS, "result.json"),
+    "evaluate": "evaluation.json",
+    PROBE: "calibration.json",
+}
 UNTRAINED = "untrained"  # the seeds of such a row differ in their sampling alone
 VERIFIER = "verifier"  # what is trained only judges the untrained model
 
@@ -42,7 +49,7 @@ class Stage:
     Attributes:
         row: name of the row.
         seed: of the run.
-        kind: `evaluate`, or one of `TRAINERS`.
+        kind: one of `TRAINERS`, `evaluate` or `probe`.
         folder: where the command writes.
         command: what follows `python`.
     """
@@ -84,7 +91,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/study"), only: str = 
         raise UserError(
             f"{len(failed)} commands failed, and what follows from them was left out: {failed[0]}"
         )
-    print(f"table: {workdir / 'results.md'}\npicture: {workdir / 'pareto.png'}")
+    print(f"table: {workdir / 'results.md'}\npictures: {workdir / 'pareto.png'}, calibration.png beside it")
 
 
 def is_finished(stages: Sequence[Stage]) -> bool:
@@ -112,6 +119,7 @@ def chosen_rows(config: ConfigDict, only: str) -> list[str]:
 def stages_of(row: str, config: ConfigDict, workdir: Path) -> Iterator[Stage]:
     """The commands of a row, in the order in which they must run."""
     settings = config.rows[row]
+    probe: list[Stage] = []
     for seed in config.seeds:
         folder = workdir / "rows" / row / f"seed{seed}"
         checkpoint = config.checkpoint
@@ -135,15 +143,41 @@ def stages_of(row: str, config: ConfigDict, workdir: Path) -> Iterator[Stage]:
                 overrides = (*overrides, "rollout.rebatch=False")
                 command = command_of("evaluate", config, seed, out, overrides, f"--checkpoint={checkpoint}")
                 yield Stage(row, seed, "evaluate", out, command)
+                probe = probe_stages(row, config, folder, checkpoint, overrides[:-1])
+    yield from probe  # behind all that the table of a row needs
+
+
+def probe_stages(
+    row: str, config: ConfigDict, folder: Path, checkpoint: str, overrides: Sequence[str]
+) -> list[Stage]:
+    """The probes of a row's first seed; none where its completions are cut short and hold few triggers.
+
+    Args:
+        row: name of the row.
+        config: of the study.
+        folder: of the row's first seed.
+        checkpoint: that was evaluated.
+        overrides: of the evaluation whose completions are probed.
+    """
+    exits = [text.partition("=")[2] for text in overrides if text.startswith("eval.exit=")]
+    if exits and exits[-1] != "none":
+        return []
+    seed, out = config.seeds[0], folder / PROBES
+    flags = (
+        f"--checkpoint={checkpoint}",
+        f"--completions={folder / config.pictured / 'completions.jsonl'}",
+        f"--questions={config.probed_questions}",
+    )
+    return [Stage(row, seed, PROBE, out, command_of(PROBE, config, seed, out, overrides, *flags))]
 
 
 def command_of(
     kind: str, config: ConfigDict, seed: int, out: Path, overrides: Sequence[str], *flags: str
 ) -> tuple[str, ...]:
     """What follows `python`: the module, the config file with its overrides, and the folder."""
-    module = TRAINERS.get(kind, "step_grpo.evaluate")
+    module = (TRAINERS | OTHERS)[kind]
     fields = [f"seed={seed}", *overrides]
-    if kind != "evaluate":
+    if kind in TRAINERS:
         fields.insert(1, f"model.checkpoint={config.checkpoint}")
     return (
         *("-m", module, f"--config={config.config}", f"--workdir={out}", *flags),

@@ -32,7 +32,8 @@ def study_config(rows: dict[str, ConfigDict], **fields: Any) -> ConfigDict:
     config: the config file of every run; checkpoint: what every training begins with; seeds: of each row;
     order: the rows of the table, the first is what the others are compared with; train, evaluate: overrides
     for all trainings and all evaluations; splits: name -> overrides; pictured: the split of the picture;
-    seconds: expected of a command, by its kind.
+    probed_questions: so many of its questions are probed, one completion each, 0 for all of all;
+    reliability: rows whose reliability curves are drawn; seconds: expected of a command, by its kind.
     """
     config = ConfigDict(
         {
@@ -44,7 +45,12 @@ def study_config(rows: dict[str, ConfigDict], **fields: Any) -> ConfigDict:
             "evaluate": (),
             "splits": {"test": ()},
             "pictured": "test",
-            "seconds": {"train": 180.0, "imitate": 120.0, "verifier": 240.0, "evaluate": 60.0},
+            "probed_questions": 256,
+            "reliability": tuple(rows)[:3],
+            "seconds": {
+                **{"train": 180.0, "imitate": 120.0, "verifier": 240.0},
+                **{"evaluate": 60.0, "probe": 30.0},
+            },
             "rows": rows,
         }
     )
@@ -70,6 +76,10 @@ def validate_study(config: ConfigDict) -> None:
     distinct = bool(seeds) and len(set(seeds)) == len(seeds)
     require(distinct, "seeds", config.seeds, "different numbers, at least one")
     require(config.pictured in config.splits, "pictured", config.pictured, "one of config.splits")
+    probed = config.probed_questions
+    require(probed >= 0, "probed_questions", probed, "a number of questions; 0 for every completion")
+    drawn = set(config.reliability) <= set(config.rows)
+    require(drawn, "reliability", config.reliability, f"rows; there are {', '.join(config.rows)}")
     for kind, seconds in config.seconds.items():
         require(seconds > 0, f"seconds.{kind}", seconds, "a number above 0")
     overrides = {"train": config.train, "evaluate": config.evaluate}

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from step_grpo import statistics
+from step_grpo.calibration import draw_reliability
 from step_grpo.data.tasks.reading import family_of, read
 from step_grpo.data.tasks.thoughts import VERDICTS
 from step_grpo.errors import UserError
@@ -16,11 +17,12 @@ from step_grpo.outcomes import Recorded, on_common_questions, read_recorded
 from step_grpo.statistics import Outcomes
 
 STATIC = "static"  # ends the name of an evaluation in static batches
+PROBES = "probes"  # folder of a row's first seed with the probes of its completions
 Figures = dict[str, Any]
 
 
 def write_results(config: ConfigDict, workdir: Path, rows: Sequence[str]) -> dict[str, Any]:
-    """Writes `results.json`, `results.md`, `results.tex` and `pareto.png`.
+    """Writes `results.json`, `results.md`, `results.tex`, `pareto.png` and `calibration.png`.
 
     Args:
         config: of the study.
@@ -35,16 +37,21 @@ def write_results(config: ConfigDict, workdir: Path, rows: Sequence[str]) -> dic
     results = {"study": config.to_dict(), "splits": splits, "pareto": pareto_front(pictured)}
     results["rebatching"] = {row: rebatching(config, workdir, row) for row in rows}
     results["learnt"] = {row: learnt(config, workdir, row) for row in rows}
+    results["calibration"] = calibrated = calibrations(config, workdir, rows)
     titles = {row: config.rows[row].title for row in rows}
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (workdir / "results.md").write_text(
         markdown(splits, titles)
         + learnt_markdown(results["learnt"], titles)
+        + calibration_markdown(calibrated, titles)
         + rebatching_markdown(results["rebatching"], titles),
         encoding="utf-8",
     )
     (workdir / "results.tex").write_text(latex(splits, titles), encoding="utf-8")
     draw(pictured, titles, results["pareto"], workdir / "pareto.png")
+    curves = {titles[row]: calibrated[row] for row in config.reliability if row in calibrated}
+    if curves:
+        draw_reliability(curves, workdir / "calibration.png")
     return results
 
 
@@ -146,6 +153,40 @@ def learnt_markdown(figures: Mapping[str, Figures | None], titles: Mapping[str, 
         "",
         "Means over completions, read from the texts. A useful check repairs a slip, a redundant one "
         "confirms what is right, a missed one lets a slip pass, a harmful one replaces what was right.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def calibrations(config: ConfigDict, workdir: Path, rows: Sequence[str]) -> dict[str, Figures]:
+    """What `step_grpo.probing` found of each row that was probed."""
+    folders = {row: workdir / "rows" / row / f"seed{config.seeds[0]}" / PROBES for row in rows}
+    files = {row: folder / "calibration.json" for row, folder in folders.items()}
+    return {
+        row: json.loads(file.read_text(encoding="utf-8")) for row, file in files.items() if file.is_file()
+    }
+
+
+def calibration_markdown(figures: Mapping[str, Figures], titles: Mapping[str, str]) -> str:
+    """The same as a table; nothing where no row was probed."""
+    if not figures:
+        return ""
+    delta = next(iter(figures.values()))["delta"]
+    head = ("", "completions", "probes", "confidence", "right", "ECE", f"above {delta:g}", "of these right")
+    lines = ["", "## Whether the confidence of a probe can be trusted", ""]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row, own in figures.items():
+        cells = [str(own["completions"]), str(own["count"])]
+        shares = [own["accuracy"], own["share_above_delta"], own["precision_above_delta"]]
+        right, above, precise = ("" if share is None else f"{share:.1%}" for share in shares)
+        mean, ece = ("" if own[name] is None else f"{own[name]:.3f}" for name in ("confidence", "ece"))
+        cells += [mean, right, ece, above, precise]
+        lines.append(f"| {titles[row]} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Means over probes, one at every trigger of a completion, of the first seed; probes of one "
+        "completion resemble each other. ECE is the mean distance of confidence and share right in ten bins of equal "
+        f"width; early exit stops where the confidence is above {delta:g}. Rows whose completions were cut "
+        "short while evaluating are left out.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from short_run import ROOT
 
 from step_grpo import cli, statistics, study
+from step_grpo.calibration import calibration
 from step_grpo.config import validate
 from step_grpo.errors import UserError
 from step_grpo.study import stages_of
@@ -46,6 +47,11 @@ class Commands:
             steps = 300 if flags.get("config.rollout.rebatch") else 200
             cost = {"seconds": steps / 50, "lane_steps": steps, "live_share": 120 / steps}
             (folder / "evaluation.json").write_text(json.dumps({"cost": cost}))
+        elif "step_grpo.probing" in command:
+            assert study.Path(flags["completions"]).is_file() and flags["questions"] == "256"
+            right = "training" in flags["checkpoint"]
+            figures = calibration(np.array([0.97, 0.4]), np.array([right, False]), 0.95)
+            (folder / "calibration.json").write_text(json.dumps({"completions": QUESTIONS, **figures}))
         else:
             (folder / "result.json").write_text("{}")
         return 0
@@ -92,8 +98,9 @@ def test_training_comes_before_its_evaluation_and_every_seed_has_its_own(tmp_pat
         (1, "train", "training"),
         (1, "evaluate", "ood"),
         (1, "evaluate", "test"),
+        (0, "probe", "probes"),
     ]
-    training, ood, test = stages[4:]
+    training, ood, test, _ = stages[4:]
     assert stages[3].command[-1] == "--config.rollout.rebatch=False"
     assert training.command[:2] == ("-m", "step_grpo.main")
     assert [part.removeprefix("--config.") for part in training.command[-4:]] == [
@@ -111,7 +118,7 @@ def test_training_comes_before_its_evaluation_and_every_seed_has_its_own(tmp_pat
 
 def test_untrained_rows_are_evaluated_as_they_are(tmp_path):
     stages = list(stages_of("vanilla", make_study(), tmp_path))
-    assert {s.kind for s in stages} == {"evaluate"}
+    assert {s.kind for s in stages} == {"evaluate", "probe"}
     assert all("--checkpoint=builtin:tiny" in s.command for s in stages)
 
 
@@ -135,14 +142,14 @@ def test_verifier_is_trained_and_then_judges_the_untrained_model(tmp_path):
 
 def test_study_runs_every_command_once_and_only_what_is_missing(tmp_path, commands, capsys):
     study.main(make_study(), tmp_path)
-    assert len(commands.run_so_far) == 3 + 5 + 5
+    assert len(commands.run_so_far) == 4 + 6 + 6
     study.main(make_study(), tmp_path)
-    assert len(commands.run_so_far) == 13
+    assert len(commands.run_so_far) == 16
     (tmp_path / "rows/sft/seed1/test/evaluation.json").unlink()
     study.main(make_study(), tmp_path)
-    assert len(commands.run_so_far) == 14
+    assert len(commands.run_so_far) == 17
     assert "1 to run" in capsys.readouterr().out
-    for name in ("results.json", "results.md", "results.tex", "pareto.png"):
+    for name in ("results.json", "results.md", "results.tex", "pareto.png", "calibration.png"):
         assert (tmp_path / name).stat().st_size > 100
 
 
@@ -213,6 +220,50 @@ def test_what_the_thoughts_do_is_read_from_the_texts(tmp_path, commands):
     assert "What the thoughts do" not in (tmp_path / "results.md").read_text()
 
 
+def test_probes_come_last_and_ask_of_the_evaluation_what_it_was_asked(tmp_path):
+    config = make_study(splits={"test": ("x=1",)}, evaluate=("eval.samples=2",), probed_questions=9)
+    evaluation, probe = (stage for stage in stages_of("sft", config, tmp_path) if stage.seed == 0 and
+                         stage.folder.name in ("test", "probes"))  # fmt: skip
+    assert list(stages_of("sft", config, tmp_path))[-1] == probe
+    assert probe.command[:2] == ("-m", "step_grpo.probing") and "--questions=9" in probe.command
+    assert f"--completions={evaluation.folder / 'completions.jsonl'}" in probe.command
+    told = ("--checkpoint", "--config.")
+    asked = [
+        {part for part in s.command if part.startswith(told)} - {f"--workdir={s.folder}"}
+        for s in (evaluation, probe)
+    ]
+    assert asked[0] == asked[1]
+
+
+def test_completions_that_were_cut_short_are_not_probed(tmp_path):
+    cut = row("cut", "untrained", evaluate=["eval.exit=confidence"])
+    plain = row("plain", "untrained", evaluate=["eval.exit=confidence", "eval.exit=none"])
+    config = study_config({"a": cut, "b": plain, "f": row("F", "verifier")}, seeds=(0,))
+    probed = [name for name in "abf" if any(s.kind == "probe" for s in stages_of(name, config, tmp_path))]
+    assert probed == ["b"]
+
+
+def test_workdir_from_before_there_were_probes_is_gone_on_with(tmp_path, commands):
+    study.main(make_study(), tmp_path)
+    before = [*tmp_path.glob("rows/*/seed0/probes/c*.json"), tmp_path / "seconds.json"]
+    seconds = json.loads(before.pop().read_text())
+    (tmp_path / "seconds.json").write_text(json.dumps({k: seconds[k] for k in seconds if k != "probe"}))
+    for path in before:
+        path.unlink()
+    commands.run_so_far.clear()
+    study.main(make_study(), tmp_path)
+    assert [command[1] for command in commands.run_so_far] == ["step_grpo.probing"] * 3
+
+
+def test_calibration_stands_in_the_table(tmp_path, commands):
+    study.main(make_study(), tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())["calibration"]
+    assert list(found) == ["vanilla", "better", "sft"]
+    text = (tmp_path / "results.md").read_text()
+    assert "| vanilla | 12 | 2 | 0.685 | 0.0% | 0.685 | 50.0% | 0.0% |" in text
+    assert "| Better | 12 | 2 | 0.685 | 50.0% | 0.215 | 50.0% | 100.0% |" in text
+
+
 def test_seeds_are_further_samples_of_each_question():
     one = statistics.Outcomes(*[np.arange(6).reshape(3, 2) + 10 * i for i in range(5)])
     both = beside([one, one])
@@ -255,6 +306,8 @@ def test_overrides_of_the_configs_are_fields_of_what_they_run(name, tmp_path):
         ({"order": ("best",)}, r"config.order is \('best',\); it must be rows, each once; there are better"),
         ({"order": ()}, "config.order is"),
         ({"pictured": "ood"}, "config.pictured is 'ood'"),
+        ({"probed_questions": -1}, "config.probed_questions is -1"),
+        ({"reliability": ("best",)}, r"config.reliability is \('best',\); it must be rows; there are better"),
         ({"seeds": (1, 1)}, "config.seeds is .* different numbers"),
         ({"evaluate": ("eval.samples",)}, "config.evaluate is .* tuple of overrides"),
         ({"rows": {"x": row("x", "trained")}}, "config.rows.x.kind is 'trained'; it must be 'untrained' or"),
