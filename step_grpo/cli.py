@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,7 +68,8 @@ def parse(main: Callable[..., None], argv: Sequence[str]) -> dict[str, Any]:
     """The arguments of `main` that a command line gives.
 
     Args:
-        main: its parameters are `config: ConfigDict`, and others of type `str` or `Path` (a folder to write).
+        main: its parameters are `config: ConfigDict`, and others of type `str`, `bool` (a flag without a
+            value) or `Path` (a folder to write).
         argv: the program's name, then the arguments.
 
     Raises:
@@ -76,7 +77,10 @@ def parse(main: Callable[..., None], argv: Sequence[str]) -> dict[str, Any]:
             that does not exist or of another type.
     """
     parameters = inspect.signature(main, eval_str=True).parameters
-    given, rest = _plain_flags(list(parameters), argv)
+    switches = {name for name, parameter in parameters.items() if parameter.annotation is bool}
+    given, rest = _plain_flags(list(parameters), argv, switches)
+    if "config" in parameters and given["config"] is None and len(rest) > 1:
+        raise UserError(f"{rest[1]} needs --config too; give {_example('config')}")
     arguments: dict[str, Any] = {}
     for name, parameter in parameters.items():
         value = given[name]
@@ -85,7 +89,7 @@ def parse(main: Callable[..., None], argv: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"--{name} is missing; give {_example(name)}")
         elif name == "config":
             arguments[name] = _override(load_config(value), rest)
-        elif parameter.annotation is str:
+        elif parameter.annotation in (str, bool):
             arguments[name] = value
         else:
             arguments[name] = _folder(name, value)
@@ -99,7 +103,8 @@ def usage(main: Callable[..., None]) -> str:
     lines = [inspect.getdoc(module) or "", "", f"usage: python {program}"]
     for name, parameter in inspect.signature(main, eval_str=True).parameters.items():
         need = "required" if parameter.default is inspect.Parameter.empty else f"default: {parameter.default}"
-        lines.append(f"  {_example(name)} ({need})")
+        shown = f"--{name}" if parameter.annotation is bool else _example(name)
+        lines.append(f"  {shown} ({need})")
     return "\n".join(lines).strip()
 
 
@@ -112,12 +117,15 @@ def _example(name: str) -> str:
 # ---------------------------------------------------------------- flags
 
 
-def _plain_flags(names: list[str], argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
+def _plain_flags(
+    names: list[str], argv: Sequence[str], switches: Collection[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
     """The values of the flags, and the arguments left over: the overrides of config fields."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # flags may follow what belongs to an override
     for name in names:
-        flags.DEFINE_string(name, None, "", flag_values=values)
+        define = flags.DEFINE_boolean if name in switches else flags.DEFINE_string
+        define(name, None, "", flag_values=values)
     try:
         rest = values(list(argv), known_only=True)
     except flags.Error as error:

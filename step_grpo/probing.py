@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -237,17 +238,15 @@ def tentative_answers(
     mine = distributed.share(prompts, "--completions: probes")
     with progress_bar("probing", len(mine)) as bar:
         answers, _ = engine(ready, mine, 1, jax.random.key(config.seed), bar.update)
-    tokens_NP = np.zeros((len(mine), rollout.max_probe_tokens), np.int32)
-    logprobs_NP = np.zeros(tokens_NP.shape, np.float32)
-    for i, answer in enumerate(answers):
-        tokens_NP[i, : len(answer.tokens)], logprobs_NP[i, : len(answer.tokens)] = (
-            answer.tokens,
-            answer.logprobs,
-        )
+    P = rollout.max_probe_tokens
+    tokens_NP = np.array([padded(answer.tokens, P) for answer in answers])
+    logprobs_NP = jnp.array([padded(answer.logprobs, P) for answer in answers])
     lengths_N = np.array([len(answer.tokens) for answer in answers])
-    closed_N = np.array([answer.tokens[-1] == closing for answer in answers])
-    confidence_N = np.asarray(probe_confidence(logprobs_NP, lengths_N, closed_N, strict=rollout.strict))
-    everyone = distributed.gather({"tokens": tokens_NP, "length": lengths_N, "confidence": confidence_N})
+    closed_N = jnp.array([answer.tokens[-1] == closing for answer in answers])
+    confidence_N = probe_confidence(logprobs_NP, jnp.asarray(lengths_N), closed_N, strict=rollout.strict)
+    everyone = distributed.gather(
+        {"tokens": tokens_NP, "length": lengths_N, "confidence": np.asarray(confidence_N)}
+    )
     found: list[Tentative] = [Tentative((), 0.0)] * len(probes)
     for process, theirs in enumerate(everyone):
         found[process :: jax.process_count()] = [
@@ -255,6 +254,11 @@ def tentative_answers(
             for tokens, length, confidence in zip(*theirs.values(), strict=True)
         ]
     return found
+
+
+def padded(values: np.ndarray, size: int) -> np.ndarray:
+    """`[size]`: the values, then zeros."""
+    return np.pad(values, (0, size - len(values)))
 
 
 def said(described: Description, answer: Tentative, inducing_prompt: str) -> str:

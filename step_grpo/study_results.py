@@ -184,9 +184,9 @@ def calibration_markdown(figures: Mapping[str, Figures], titles: Mapping[str, st
     lines += [
         "",
         "Means over probes, one at every trigger of a completion, of the first seed; probes of one "
-        "completion resemble each other. ECE is the mean distance of confidence and share right in ten bins of equal "
-        f"width; early exit stops where the confidence is above {delta:g}. Rows whose completions were cut "
-        "short while evaluating are left out.",
+        "completion resemble each other. ECE is the mean distance of confidence and share right in ten bins "
+        f"of equal width; early exit stops where the confidence is above {delta:g}. Rows whose completions "
+        "were cut short while evaluating are left out.",
     ]
     return "\n".join(lines) + "\n"
 
