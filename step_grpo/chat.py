@@ -19,7 +19,7 @@ import codecs
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -198,14 +198,21 @@ class Talk:
         self.widths = halvings(rollout.max_prompt_tokens, 3, 32, 32)
         longest = rollout.max_prompt_tokens + self.machine.max_response + self.machine.check_room
         self.capacities = halvings(longest, CAPACITIES, max(256, self.widths[-1]), 64)
-        cfg, cache = described.config, jnp.dtype(rollout.cache_dtype or dtype)
-        empty = partial(
-            decode.empty_state, cfg, self.machine, 1, self.capacities[0], cache, self.reach, attention
-        )
+        cfg = described.config
+        self._cache = jnp.dtype(rollout.cache_dtype or dtype)
+        self._attention = attention
         self._prefill = jax.jit(partial(decode.prefill, cfg, None, attention=attention))
-        self._start = jax.jit(lambda *arguments: decode.insert(empty(), *arguments))
+        self._start = self._starting(self.capacities[0])
         self._resize = jax.jit(decode.resize, static_argnums=1)
         self._step = jax.jit(partial(step, cfg, self.machine, attention), donate_argnums=3)
+
+    def _starting(self, capacity: int) -> Callable[..., decode.RolloutState]:
+        """The program that puts a prefilled prompt into an empty lane with room for so many tokens."""
+        cfg, lanes = self.described.config, 1
+        empty = partial(
+            decode.empty_state, cfg, self.machine, lanes, capacity, self._cache, self.reach, self._attention
+        )
+        return jax.jit(lambda *arguments: decode.insert(empty(), *arguments))
 
     def prompt(self, question: str) -> tuple[int, ...]:
         """The tokens that ask a question.
