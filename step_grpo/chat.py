@@ -19,7 +19,7 @@ import codecs
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -51,6 +51,7 @@ from step_grpo.rollout.programs import halvings
 from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, reach, token_bytes
 
 UNLIMITED = 2**30  # tokens, or chunks that repeat
+LEAST_CAPACITY = 256  # tokens in the cache of a completion that begins
 CAPACITIES = 4  # sizes of the cache, each twice the one before; a larger one is taken when it is needed
 STYLES = {"thinking": "cyan", "answer": "bold", "forced": "magenta"}
 UNPRINTABLE = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
@@ -197,22 +198,16 @@ class Talk:
         attention = choose_attention(config.model.attention, make_mesh(data=1, devices=jax.devices()[:1]))
         self.widths = halvings(rollout.max_prompt_tokens, 3, 32, 32)
         longest = rollout.max_prompt_tokens + self.machine.max_response + self.machine.check_room
-        self.capacities = halvings(longest, CAPACITIES, max(256, self.widths[-1]), 64)
+        self.capacities = halvings(longest, CAPACITIES, max(LEAST_CAPACITY, self.widths[-1]), 64)
         cfg = described.config
-        self._cache = jnp.dtype(rollout.cache_dtype or dtype)
-        self._attention = attention
+        cache = jnp.dtype(rollout.cache_dtype or dtype)
+        empty = partial(
+            decode.empty_state, cfg, self.machine, 1, self.capacities[0], cache, self.reach, attention
+        )
         self._prefill = jax.jit(partial(decode.prefill, cfg, None, attention=attention))
-        self._start = self._starting(self.capacities[0])
+        self._start = jax.jit(lambda *arguments: decode.insert(empty(), *arguments))
         self._resize = jax.jit(decode.resize, static_argnums=1)
         self._step = jax.jit(partial(step, cfg, self.machine, attention), donate_argnums=3)
-
-    def _starting(self, capacity: int) -> Callable[..., decode.RolloutState]:
-        """The program that puts a prefilled prompt into an empty lane with room for so many tokens."""
-        cfg, lanes = self.described.config, 1
-        empty = partial(
-            decode.empty_state, cfg, self.machine, lanes, capacity, self._cache, self.reach, self._attention
-        )
-        return jax.jit(lambda *arguments: decode.insert(empty(), *arguments))
 
     def prompt(self, question: str) -> tuple[int, ...]:
         """The tokens that ask a question.
