@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 import step_grpo
 from step_grpo import cli
@@ -223,3 +224,14 @@ def test_program_without_a_config_takes_flags_alone():
         cli.parse(main, ["program", "--checkpoint=c"])
     with pytest.raises(UserError, match=r"unknown flag --config\.steps"):
         cli.parse(main, ["program", "--checkpoint=c", "--out=o", "--config.steps=1"])
+
+
+def test_switch_takes_no_value_and_overrides_are_not_lost_without_a_config():
+    def main(checkpoint: str, config: ConfigDict | None = None, truncated: bool = False) -> None:
+        """The config may be left out."""
+
+    assert cli.parse(main, ["p", "--truncated", "--checkpoint=c"]) == {"checkpoint": "c", "truncated": True}
+    assert cli.parse(main, ["p", "--checkpoint=c"]) == {"checkpoint": "c"}
+    with pytest.raises(UserError, match=r"--config\.steps=1 needs --config too"):
+        cli.parse(main, ["p", "--checkpoint=c", "--config.steps=1"])
+    assert "--truncated (default: False)" in cli.usage(main)
