@@ -21,7 +21,7 @@ def parts(command: str) -> set[str]:
     kept = set()
     for word in shlex.split(command):
         flag, _, value = word.partition("=")
-        free = flag in ("--workdir", "--out", "--config.data.name")
+        free = flag in ("--workdir", "--out", "--completions", "--config.data.name")
         kept.add(f"{flag}={value}" if value and not free else flag)
     return kept - {"offline", "--quiet"}
 
