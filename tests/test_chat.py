@@ -1,6 +1,7 @@
 """The chat: its text is the engine's, its probes leave no trace, and what it prints is all there is."""
 
 import io
+import json
 import re
 from types import SimpleNamespace
 
@@ -231,7 +232,9 @@ def test_settings_are_those_of_the_run_or_fit_the_model(tiny):
     assert config.eval.max_response_tokens == 1024 and config.rollout.max_prompt_tokens == 512
     assert config.model.dtype == "float32" and config.rollout.delta == 0.95
     ran = short_config({"rollout": {"delta": 0.5, "triggers": ("But",)}})
-    kept = default_config(SimpleNamespace(described=tiny.described, settings=ran.to_dict()))
+    kept = default_config(
+        SimpleNamespace(described=tiny.described, settings=json.loads(json.dumps(ran.to_dict())))
+    )
     assert kept.rollout.delta == 0.5 and tuple(kept.rollout.triggers) == ("But",)
     assert kept.eval.max_response_tokens == ran.eval.max_response_tokens
 
