@@ -1,13 +1,13 @@
 """Every method on the built-in task: `python -m step_grpo.study --config=configs/study_tiny.py`.
 
-The rows of the paper's table and its ablations, each trained with three seeds, and evaluated on questions that
-no row was trained on; two to three hours on two cores. `:extended` behind the file's name adds other losses,
-strengths of the reward and thresholds; `:short` takes two minutes and says nothing.
+The rows of the paper's table and its ablations, each trained with three seeds, and evaluated on questions
+that no row was trained on; two to three hours on two cores. `:extended` behind the file's name adds other
+losses, strengths of the reward and thresholds; `:short` takes two minutes and says nothing.
 
-Nothing was tuned on the test split. `SHARED` and the threshold of the sufficiency assessment were chosen on the
-validation split, one training each: at 0.95 nearly every probe of the tiny model is passed, which leaves the
-step reward no completions of different lengths to tell apart, and a step of 2e-4 is unsteady. All else is as in
-`configs/tiny.py` and in each method's paper.
+Nothing was tuned on the test split. `SHARED`, `TRAINING` and the threshold of the sufficiency assessment were
+chosen on the validation split, one training each: at 0.95 nearly every probe of the tiny model is passed,
+which leaves the step reward no completions of different lengths to tell apart, and a step of 2e-4 is
+unsteady. All else is as in `configs/tiny.py` and in each method's paper.
 """
 
 from step_grpo.errors import UserError
