@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,7 +68,8 @@ def parse(main: Callable[..., None], argv: Sequence[str]) -> dict[str, Any]:
     """The arguments of `main` that a command line gives.
 
     Args:
-        main: its parameters are `config: ConfigDict`, and others of type `str` or `Path` (a folder to write).
+        main: its parameters are `config: ConfigDict`, and others of type `str`, `bool` or `Path` (a folder to
+            write).
         argv: the program's name, then the arguments.
 
     Raises:
@@ -76,7 +77,7 @@ def parse(main: Callable[..., None], argv: Sequence[str]) -> dict[str, Any]:
             that does not exist or of another type.
     """
     parameters = inspect.signature(main, eval_str=True).parameters
-    given, rest = _plain_flags(list(parameters), argv)
+    given, rest = _plain_flags(parameters, argv)
     arguments: dict[str, Any] = {}
     for name, parameter in parameters.items():
         value = given[name]
@@ -85,7 +86,7 @@ def parse(main: Callable[..., None], argv: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"--{name} is missing; give {_example(name)}")
         elif name == "config":
             arguments[name] = _override(load_config(value), rest)
-        elif parameter.annotation is str:
+        elif parameter.annotation in (str, bool):
             arguments[name] = value
         else:
             arguments[name] = _folder(name, value)
@@ -99,7 +100,8 @@ def usage(main: Callable[..., None]) -> str:
     lines = [inspect.getdoc(module) or "", "", f"usage: python {program}"]
     for name, parameter in inspect.signature(main, eval_str=True).parameters.items():
         need = "required" if parameter.default is inspect.Parameter.empty else f"default: {parameter.default}"
-        lines.append(f"  {_example(name)} ({need})")
+        example = f"--{name}" if parameter.annotation is bool else _example(name)
+        lines.append(f"  {example} ({need})")
     return "\n".join(lines).strip()
 
 
@@ -112,14 +114,18 @@ def _example(name: str) -> str:
 # ---------------------------------------------------------------- flags
 
 
-def _plain_flags(names: list[str], argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
+def _plain_flags(
+    parameters: Mapping[str, inspect.Parameter], argv: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
     """The values of the flags, and the arguments left over: the overrides of config fields."""
+    names = list(parameters)
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # flags may follow what belongs to an override
-    for name in names:
-        flags.DEFINE_string(name, None, "", flag_values=values)
+    for name, parameter in parameters.items():
+        define = flags.DEFINE_boolean if parameter.annotation is bool else flags.DEFINE_string
+        define(name, None, "", flag_values=values)
     try:
-        rest = values(list(argv), known_only=True)
+        rest = values([_underscored(argument, names) for argument in argv], known_only=True)
     except flags.Error as error:
         raise UserError(str(error)) from None
     for argument in rest[1:]:
@@ -130,6 +136,13 @@ def _plain_flags(names: list[str], argv: Sequence[str]) -> tuple[dict[str, str |
         hint = f"; did you mean --config={rest[1]}?" if "config" in names else ""
         raise UserError(f"unexpected argument {rest[1]!r}{hint}")
     return given, rest
+
+
+def _underscored(argument: str, names: Sequence[str]) -> str:
+    """An argument, `--two-words=VALUE` as `--two_words=VALUE` where that is a flag."""
+    flag, equals, value = argument.partition("=")
+    name = flag.removeprefix("--").replace("-", "_")
+    return f"--{name}{equals}{value}" if flag.startswith("--") and name in names else argument
 
 
 def _unknown_flag(argument: str, names: list[str]) -> UserError:

@@ -24,6 +24,7 @@ from rich.console import Console
 
 import step_grpo
 from step_grpo import checkpoint, cli, distributed, functions, sinks
+from step_grpo.card import card_of
 from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, encode_prompts
 from step_grpo.data.sources import load_questions, take
@@ -207,7 +208,7 @@ def finish(
         described.hf_config,
         described.generation,
         tokenizer_folder=workdir / "model",
-        card={"settings": config.to_dict(), "measured": evaluations},
+        card=card_of(config.to_dict(), result, read_metrics(workdir / "metrics.jsonl")),
         dtype=config.export_dtype,
     )
     Console().print(evaluation_table(evaluations, result["exits"]))
