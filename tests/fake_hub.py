@@ -43,8 +43,10 @@ class FakeHub:
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
         if path.endswith(".git/info/lfs/objects/batch"):
-            objects = [self._place(asked) for asked in json.loads(body)["objects"]]
-            return 200, {"transfer": "basic", "objects": objects}
+            return self._large(json.loads(body)["objects"])
+        return self._of_a_model(path, body)
+
+    def _of_a_model(self, path: str, body: bytes) -> tuple[int, Any]:
         model = "/".join(path.split("/")[3:5])
         what = path.split("/")[5:6] or ["info"]
         if model not in self.models:
@@ -85,8 +87,10 @@ class FakeHub:
             ]
         }
 
-    def _place(self, asked: dict[str, Any]) -> dict[str, Any]:
-        return {**asked, "actions": {"upload": {"href": f"{self.url}/large/{asked['oid']}"}}}
+    def _large(self, asked: list[dict[str, Any]]) -> tuple[int, Any]:
+        where = [{"upload": {"href": f"{self.url}/large/{one['oid']}"}} for one in asked]
+        objects = [{**one, "actions": actions} for one, actions in zip(asked, where, strict=True)]
+        return 200, {"transfer": "basic", "objects": objects}
 
     def _commit(self, model: str, body: bytes) -> tuple[int, Any]:
         for line in map(json.loads, body.decode().splitlines()):
