@@ -1,7 +1,13 @@
-"""A Hugging Face Hub on the loopback interface: as much of its HTTP interface as an upload uses."""
+"""A Hugging Face Hub on the loopback interface: as much of its HTTP interface as an upload uses.
+
+`python tests/fake_hub.py COMMAND` runs a command for which this is the Hub, and fails unless it made one commit.
+"""
 
 import base64
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,3 +150,15 @@ def running() -> Iterator[FakeHub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+if __name__ == "__main__":
+    with running() as hub:
+        told = {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_none",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        subprocess.run(sys.argv[1:], env={**os.environ, **told}, check=True)
+    sys.exit(hub.commits != 1)
