@@ -1,6 +1,6 @@
 """A Hugging Face Hub on the loopback interface: as much of its HTTP interface as an upload uses.
 
-`python tests/fake_hub.py COMMAND` runs a command for which this is the Hub, and fails unless it made one commit.
+`python tests/fake_hub.py COMMAND` runs a command whose Hub this is, and fails unless it commits once.
 """
 
 import base64
