@@ -106,7 +106,7 @@ class Functions:
             UserError: as `judge`.
         """
         if self.rewards or self.metrics:
-            from_first(lambda: self._ask(_made_up(questions, samples)) and None)
+            from_first(lambda: self._ask(_made_up(questions, samples)))
 
     def _ask(self, completions: Completions) -> dict[str, Any]:
         """What JSON can hold of the answers of all functions."""

@@ -203,6 +203,7 @@ class Wandb:
                 resume="allow",
                 dir=tempfile.gettempdir() if paths.is_remote(workdir) else os.fspath(workdir),
                 config=config.to_dict(),
+                allow_val_change=True,  # of what may change when a run goes on
                 settings=wandb.Settings(console="off"),  # the terminal belongs to the progress bar
             )
         except wandb.Error as error:
