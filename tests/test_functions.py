@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from short_run import ONE_STEP, short_config, train
+from short_run import short_config, train
 
 from step_grpo import checkpoint, functions
 from step_grpo.config import validate
@@ -203,7 +203,7 @@ def longest(c):
 
 @pytest.fixture(scope="module")
 def stopped_and_resumed(tmp_path_factory):
-    """A run whose function fails at the second step, and the same line again."""
+    """A run of two steps whose function fails at the second, and the same line again."""
     folder = tmp_path_factory.mktemp("functions")
     (folder / "my_judge.py").write_text(FAILING)
     sys.path.insert(0, str(folder))
@@ -211,7 +211,7 @@ def stopped_and_resumed(tmp_path_factory):
         "reward": {"name": "none", "functions": ("my_judge:length",)},
         "log": {"metrics": ("my_judge:longest",)},
     }
-    config = short_config(ONE_STEP, {"steps": 2, "save_every": 100}, own)
+    config = short_config({"save_every": 100}, own)  # the programs are those of `finished_run`
     workdir = folder / "run"
     try:
         with pytest.raises(FunctionError, match=r"my_judge:length fails: RuntimeError: the judge does not"):
