@@ -6,9 +6,10 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from fake_bucket import install
 from short_run import short_config
 
-from step_grpo import sinks
+from step_grpo import paths, sinks
 from step_grpo.errors import UserError
 from step_grpo.metrics import MetricsWriter, read_metrics
 
@@ -59,6 +60,27 @@ def test_event_files_are_metrics_jsonl_also_after_an_interruption(tmp_path):
         assert [point[:2] for point in found] == [point[:2] for point in expected]
         assert [point[2] for point in found] == pytest.approx([point[2] for point in expected])
     assert [step for step, name, _ in found if name == "accuracy"] == [1, 2, 3, 4, 5]
+
+
+def test_event_files_in_a_bucket_are_whole_after_each_step_and_never_two(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    bucket = install(monkeypatch, tmp_path)
+    workdir = paths.folder("gs://bucket/run")
+
+    def fetched():
+        for file in (there := tmp_path / "there").glob("*"):
+            file.unlink()
+        there.mkdir(exist_ok=True)
+        for name, data in bucket.objects.items():
+            if "tensorboard" in name:
+                (there / name.rpartition("/")[2]).write_bytes(data)
+        return [point[0] for point in points(there) if point[1] == "accuracy"]
+
+    run(workdir, {"tensorboard": True}, [1, 2, 3])
+    assert fetched() == [1, 2, 3]
+    run(workdir, {"tensorboard": True}, [3, 4], first_step=2)
+    assert fetched() == [1, 2, 3, 4]
+    assert sum("tensorboard" in name for name in bucket.objects) == 1
 
 
 def test_step_is_in_the_event_file_when_write_returns(tmp_path):
