@@ -1,4 +1,4 @@
-"""Installation of step_grpo: `pip install -e .`, with the extras test, tpu, cuda, gcs and notebook."""
+"""Installation of step_grpo: `pip install -e .`, with extras: accelerators, tools, test."""
 
 from pathlib import Path
 
@@ -39,9 +39,13 @@ setup(
         "gcs": ["gcsfs>=2025.3"],
         "gym": ["reasoning-gym>=0.1.25"],
         "notebook": ["notebook>=7"],
+        "tensorboard": ["tensorboard>=2.20"],
+        "wandb": ["wandb>=0.20"],
         "test": [
             "torch==2.13.0",
             "peft>=0.21",
+            "tensorboard>=2.20",
+            "wandb>=0.20",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6",

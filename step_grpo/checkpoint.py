@@ -27,7 +27,7 @@ import step_grpo
 from step_grpo import paths
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.distributed import anywhere, is_first
-from step_grpo.errors import UserError
+from step_grpo.errors import FunctionError, UserError
 from step_grpo.grpo.update import TrainState
 from step_grpo.mesh import shardings
 from step_grpo.metrics import read_metrics
@@ -64,8 +64,8 @@ class Saver:
     """Writes checkpoints behind the run's back, one at a time, and removes those that are not to be kept.
 
     All processes call its methods alike: each writes what its devices hold. Use it as a context manager:
-    when the block ends in whatever way, what was begun is completed; ended by `StoppedError`, the newest
-    state that was offered is saved too.
+    when the block ends in whatever way, what was begun is completed; ended by `StoppedError` or
+    `FunctionError`, the newest state that was offered is saved too.
     """
 
     def __init__(self, workdir: Path, described: Description, config: ConfigDict):
@@ -203,7 +203,9 @@ class Saver:
                 self.save(*self._newest)
             self.finish()
             raise StoppedError(f"stopped; {self._how_to_go_on()}") from None
-        if error is None:
+        if isinstance(error, FunctionError) and self._newest:
+            self.save(*self._newest)
+        if error is None or isinstance(error, FunctionError):
             self.finish()
         elif self._thread is not None:  # what went wrong is told, not what comes of it
             self._thread.join()
@@ -359,7 +361,7 @@ FREE_FIELDS = (
     "reward.grading_workers",
 )
 """What may differ when a run goes on: how long it is, what it keeps, how it is spread over the machine."""
-FREE_GROUPS = ("warn",)
+FREE_GROUPS = ("warn", "log")
 
 
 def bound_fields(config: ConfigDict) -> dict[str, Any]:

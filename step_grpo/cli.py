@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,8 +77,7 @@ def parse(main: Callable[..., None], argv: Sequence[str]) -> dict[str, Any]:
             that does not exist or of another type.
     """
     parameters = inspect.signature(main, eval_str=True).parameters
-    switches = {name for name, parameter in parameters.items() if parameter.annotation is bool}
-    given, rest = _plain_flags(list(parameters), argv, switches)
+    given, rest = _plain_flags(parameters, argv)
     if "config" in parameters and given["config"] is None and len(rest) > 1:
         raise UserError(f"{rest[1]} needs --config too; give {_example('config')}")
     arguments: dict[str, Any] = {}
@@ -103,8 +102,8 @@ def usage(main: Callable[..., None]) -> str:
     lines = [inspect.getdoc(module) or "", "", f"usage: python {program}"]
     for name, parameter in inspect.signature(main, eval_str=True).parameters.items():
         need = "required" if parameter.default is inspect.Parameter.empty else f"default: {parameter.default}"
-        shown = f"--{name}" if parameter.annotation is bool else _example(name)
-        lines.append(f"  {shown} ({need})")
+        example = f"--{name}" if parameter.annotation is bool else _example(name)
+        lines.append(f"  {example} ({need})")
     return "\n".join(lines).strip()
 
 
@@ -118,16 +117,17 @@ def _example(name: str) -> str:
 
 
 def _plain_flags(
-    names: list[str], argv: Sequence[str], switches: Collection[str] = ()
+    parameters: Mapping[str, inspect.Parameter], argv: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """The values of the flags, and the arguments left over: the overrides of config fields."""
+    names = list(parameters)
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # flags may follow what belongs to an override
-    for name in names:
-        define = flags.DEFINE_boolean if name in switches else flags.DEFINE_string
+    for name, parameter in parameters.items():
+        define = flags.DEFINE_boolean if parameter.annotation is bool else flags.DEFINE_string
         define(name, None, "", flag_values=values)
     try:
-        rest = values(list(argv), known_only=True)
+        rest = values([_underscored(argument, names) for argument in argv], known_only=True)
     except flags.Error as error:
         raise UserError(str(error)) from None
     for argument in rest[1:]:
@@ -138,6 +138,13 @@ def _plain_flags(
         hint = f"; did you mean --config={rest[1]}?" if "config" in names else ""
         raise UserError(f"unexpected argument {rest[1]!r}{hint}")
     return given, rest
+
+
+def _underscored(argument: str, names: Sequence[str]) -> str:
+    """An argument, `--two-words=VALUE` as `--two_words=VALUE` where that is a flag."""
+    flag, equals, value = argument.partition("=")
+    name = flag.removeprefix("--").replace("-", "_")
+    return f"--{name}{equals}{value}" if flag.startswith("--") and name in names else argument
 
 
 def _unknown_flag(argument: str, names: list[str]) -> UserError:

@@ -145,7 +145,8 @@ def base_config() -> ConfigDict:
         "base": "dense",
     }
     reward = {
-        "name": "step_aware",  # or `accuracy`, `length_penalty`, `grpo_lambda`
+        "name": "step_aware",  # or `accuracy`, `length_penalty`, `grpo_lambda`; `none`, functions alone
+        "functions": (),  # your own, as "module:function", added to it (docs/your_own.md)
         "alpha": 0.9,
         "beta": 0.5,
         "baseline": "correct",  # or `all`
@@ -207,8 +208,15 @@ def base_config() -> ConfigDict:
         "length": 0.2,  # of the mean tokens of the first step, below
         "truncated": 0.9,  # share of the completions that take the whole budget, from here on
     }
+    # Where the figures of each step go, beside metrics.jsonl; may change when a run goes on.
+    log = {
+        "wandb": "",  # project of Weights & Biases; empty: none
+        "tensorboard": False,  # event files in WORKDIR/tensorboard
+        "metrics": (),  # functions of your own, as "module:function", that add figures (docs/your_own.md)
+    }
     groups = {"model": model, "lora": lora, "mesh": mesh, "data": data, "rollout": rollout, "reward": reward}
     groups |= {"grpo": grpo, "imitation": imitation, "verifier_training": verifier_training, "warn": warn}
+    groups |= {"log": log}
     return ConfigDict({**run, **groups, "eval": evaluation}).lock()
 
 
@@ -332,6 +340,7 @@ def validate(config: ConfigDict) -> None:
     _check_data(config.eval.data, "config.eval.data")
     _check_rollout(config.rollout)
     _check_reward(config.reward)
+    _check_functions(config.log, "config.log", "metrics")
     _check_grpo(config)
     _check_eval(config.eval)
     _at_least(0, config.warn, "config.warn", "kl", "sampler_gap", "length", "truncated")
@@ -492,10 +501,24 @@ def _texts(group: ConfigDict, where: str, *fields: str) -> None:
 def _check_reward(reward: ConfigDict) -> None:
     where = "config.reward"
     _choice(reward, where, "name", rewards.NAMES)
+    _check_functions(reward, where, "functions")
+    right = f"named, since {where}.name is 'none'"
+    _require(len(reward.functions) > 0 or reward.name != "none", f"{where}.functions", (), right)
     _choice(reward, where, "baseline", rewards.BASELINES)
     _fraction(reward, where, "alpha", "beta", "length_penalty", "penalty_from")
     _at_least(1, reward, where, "grading_workers")
     _positive(reward, where, "grading_deadline")
+
+
+def _check_functions(group: ConfigDict, where: str, field: str) -> None:
+    names = group[field]
+    ok = not isinstance(names, str) and all(
+        isinstance(name, str)
+        and all(part.isidentifier() for part in name.replace(":", ".", 1).split("."))
+        and ":" in name
+        for name in names
+    )
+    _require(ok, f"{where}.{field}", names, "a tuple of \"module:function\", such as ('my_module:mine',)")
 
 
 def _check_grpo(config: ConfigDict) -> None:

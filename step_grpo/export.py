@@ -1,6 +1,7 @@
 """Writes a Hugging Face folder that transformers and vLLM load, or the adapter of a LoRA run for `peft`.
 
-`python -m step_grpo.export --checkpoint=WORKDIR --out=FOLDER [--dtype=bfloat16] [--kind=adapter]`
+`python -m step_grpo.export --checkpoint=WORKDIR --out=FOLDER [--dtype=bfloat16] [--kind=adapter]
+[--push-to-hub=USER/NAME [--private]]`
 """
 
 import json
@@ -14,10 +15,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from step_grpo import cli, paths
-from step_grpo.checkpoint import open_model
+from step_grpo import cli, paths, push
+from step_grpo.card import CURVE, card_of, front_matter
+from step_grpo.checkpoint import RUN, open_model, saved_steps
 from step_grpo.distributed import is_first
 from step_grpo.errors import UserError
+from step_grpo.metrics import read_metrics
 from step_grpo.model import lora
 from step_grpo.model.qwen import Params
 from step_grpo.model.weights import (
@@ -30,14 +33,6 @@ from step_grpo.model.weights import (
 )
 
 MANIFEST = "step_grpo_export.json"  # marks a folder as an export: its card, and the names of its files
-FRONT_MATTER = """---
-library_name: {library}
-pipeline_tag: text-generation
-tags:
-- step-grpo
-- grpo
-- reasoning
----"""
 CLASSES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
@@ -65,7 +60,7 @@ def export(checkpoint: str | Path, out: str | Path, *, dtype: str | None = None)
         source.described.hf_config,
         source.described.generation,
         tokenizer_folder=source.folder,
-        card={"settings": source.settings} if source.settings else _manifest(source.folder)["card"],
+        card=run_card(checkpoint, source.settings) if source.settings else _manifest(source.folder)["card"],
         dtype=dtype or source.dtype,
     )
 
@@ -86,7 +81,7 @@ def export_adapter(checkpoint: str | Path, out: str | Path, *, dtype: str | None
         source.described.hf_config,
         ConfigDict(source.settings),
         tokenizer_folder=source.folder,
-        card={"settings": source.settings},
+        card=run_card(checkpoint, source.settings),
         dtype=dtype or source.dtype,
     )
 
@@ -111,8 +106,8 @@ def write_hf_folder(
         hf_config: contents of the checkpoint's `config.json`.
         generation: contents of its `generation_config.json`; {} makes one of the ids that end a text.
         tokenizer_folder: where the tokenizer and its chat template are, copied as they are.
-        card: `settings` (a config) and `measured` (figures, those under `before` and `after` side by side),
-            both optional, nested dictionaries of JSON values.
+        card: `settings` (a config), `measured` (figures, those under `before` and `after` side by side) and
+            `curve` (a line of figures a step), all optional, nested dictionaries of JSON values.
         dtype: "float32", "float16" or "bfloat16".
 
     Returns:
@@ -170,7 +165,7 @@ def write_adapter_folder(
 
     def fill(folder: Path) -> None:
         lora.save_adapter(adapter, config.lora, base, folder, dtype=dtype)
-        text = model_card(card, _export_config(hf_config, dtype), FRONT_MATTER.format(library="peft"))
+        text = model_card(card, _export_config(hf_config, dtype), "peft")
         (folder / "README.md").write_text(text, encoding="utf-8")
 
     return _write_folder(out, fill, tokenizer_folder, card=card, dtype=dtype)
@@ -231,23 +226,39 @@ def check_out(out: Path) -> None:
         )
 
 
-def model_card(
-    card: Mapping[str, Any],
-    hf_config: Mapping[str, Any],
-    front_matter: str = FRONT_MATTER.format(library="transformers"),
-) -> str:
-    """The README.md of an export: front matter, settings and measured figures, every value escaped."""
+def run_card(checkpoint: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is to say of a run's checkpoint; of its evaluations, only if it is where the run ended.
+
+    Args:
+        checkpoint: a run's workdir or one of its checkpoints.
+        settings: its config.
+    """
+    folder = paths.folder(checkpoint)
+    workdir = folder if saved_steps(folder) else folder.parent.parent
+    newest = saved_steps(workdir)[-1:]
+    folder = newest[0] if folder == workdir else folder
+    step = read_json(folder / RUN)["step"]
+    ended = [folder] == newest and step == settings["steps"] and (workdir / "result.json").is_file()
+    result = read_json(workdir / "result.json") if ended else {}
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return card_of(settings, result, [line for line in lines if line["step"] <= step])
+
+
+def model_card(card: Mapping[str, Any], hf_config: Mapping[str, Any], library: str = "transformers") -> str:
+    """The README.md of an export: metadata, settings and measured figures, every value escaped."""
     measured = dict(card.get("measured") or {})
     before, after = (dict(flatten(measured.pop(key, None) or {})) for key in ("before", "after"))
     compared = [(name, before.get(name, ""), after.get(name, "")) for name in {**before, **after}]
+    curve = [[line.get(name) for name in CURVE] for line in card.get("curve") or ()]
     parts = [
-        front_matter,
+        front_matter(card, f"{hf_config['architectures'][0]} by step_grpo", library),
         f"# {escape(hf_config['architectures'][0])} written by step_grpo",
         "Step-GRPO ([arXiv 2604.16890](https://arxiv.org/abs/2604.16890)) trains a reasoning model to stop"
         " when it has the answer; inference is plain sampling with the tokenizer and chat template here.",
         f"Weights are stored in {escape(hf_config['dtype'])}.",
         *_section("Measured", ("figure", "before", "after"), compared),
         *_section("" if compared else "Measured", ("figure", "value"), flatten(measured)),
+        *_section("Training", CURVE, curve),
         *_section("Settings", ("setting", "value"), flatten(card.get("settings") or {})),
     ]
     return "\n\n".join(parts) + "\n"
@@ -327,12 +338,26 @@ def _send(partial: Path, out: Path) -> None:
         paths.send(partial / name, out / name)
 
 
-def main(checkpoint: str, out: Path, dtype: str = "", kind: str = "merged") -> None:
+def main(
+    checkpoint: str,
+    out: Path,
+    dtype: str = "",
+    kind: str = "merged",
+    push_to_hub: str = "",
+    private: bool = False,
+) -> None:
     """The command line; an empty dtype keeps the stored one, `kind` is `merged` or `adapter`."""
     kinds = {"merged": export, "adapter": export_adapter}
     if kind not in kinds:
         raise UserError(f"--kind is {kind!r}; it must be 'merged' or 'adapter'")
-    print(kinds[kind](checkpoint, out, dtype=dtype or None))
+    if private and not push_to_hub:
+        raise UserError("--private is of a model on the Hub; name it with --push-to-hub=USER/NAME")
+    if push_to_hub:
+        push.check(push_to_hub)
+    folder = kinds[kind](checkpoint, out, dtype=dtype or None)
+    print(folder)
+    if push_to_hub:
+        print(push.push(folder, push_to_hub, private=private))
 
 
 if __name__ == "__main__":

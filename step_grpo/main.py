@@ -23,7 +23,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 import step_grpo
-from step_grpo import checkpoint, cli, distributed
+from step_grpo import checkpoint, cli, distributed, functions, sinks
+from step_grpo.card import card_of
 from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, encode_prompts
 from step_grpo.data.sources import load_questions, take
@@ -49,7 +50,7 @@ from step_grpo.model import lora, qwen
 from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description, load_model, save_description
 from step_grpo.preemption import Notice, StoppedError
-from step_grpo.report import evaluation_table, progress_bar
+from step_grpo.report import evaluation_table, live_figures, progress_bar
 from step_grpo.reward import rewards
 from step_grpo.reward.grading import Grader
 from step_grpo.rollout.engine import RolloutEngine, RolloutStats, build_engine
@@ -81,6 +82,8 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
     started = time.monotonic()
     validate(config)
     distributed.start(config, workdir)
+    own = functions.load(config)
+    sinks.prepare(config.log)
 
     # ------------------------------------------------------------------ model
     mesh = mesh_of(config.mesh, config.rollout.lanes, config.grpo.rows)
@@ -93,6 +96,7 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
 
     # ------------------------------------------------------------------ questions
     questions, held_out = load_prompts(described, config)
+    own.rehearse([prompt.question for prompt in questions[:2]], config.rollout.samples)
 
     # ------------------------------------------------------------------ rollout, grading, evaluation
     rollout = build_engine(
@@ -137,36 +141,43 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
 
         # -------------------------------------------------------------- loop
         with (
-            MetricsWriter(distributed.only_first(workdir / "metrics.jsonl"), progress.step) as metrics,
-            progress_bar("training", config.steps) as bar,
+            MetricsWriter(distributed.only_first(workdir / "metrics.jsonl"), progress.step) as lines,
+            sinks.opened(workdir, config, lines) as metrics,
+            progress_bar("training", config.steps, progress.step) as bar,
         ):
             skipped = SkippedUpdates(workdir, config, progress.skipped)
             for step in range(progress.step, config.steps):
-                clock = Stopwatch()
+                clock = Stopwatch(bar.stage)
                 ready = decode_ready(
                     whole(state.params, frozen.base), described.config, config.model.dtype, mesh
                 )
-                key = jax.random.fold_in(run_key, step)
                 scored, stats, cursor = sample_groups(
-                    partial(roll_out, ready, clock), progress.cursor, key, config
+                    partial(roll_out, ready, clock),
+                    progress.cursor,
+                    jax.random.fold_in(run_key, step),
+                    config,
                 )
                 del ready  # the update needs the room
-                reward = reward_groups(scored, config)
+                reward, own_figures = own.judge(scored, reward_groups(scored, config))
                 samples = training_samples(scored, advantages(config.grpo.advantage, reward), config)
                 samples = trained_groups(samples, scored, config)
-                clock.lap("grading_seconds")
+                clock.lap("grading_seconds", "update")
                 state, measured = update_policy(
                     update, state, frozen, samples, config, mesh, partial(skipped.look, step + 1)
                 )
                 clock.lap("update_seconds")
 
-                figures = rollout_figures(scored, reward, stats, rollout.machine) | measured | clock.laps
-                figures |= sampling_figures(scored, samples, config)
+                figures = {
+                    **rollout_figures(scored, reward, stats, rollout.machine),
+                    **measured,
+                    **clock.laps,
+                    **sampling_figures(scored, samples, config),
+                    **own_figures,
+                }
                 metrics.write(step + 1, figures)
-                warn(step + 1, figures, metrics.first("tokens"), config.warn)
+                warn(step + 1, figures, lines.first("tokens"), config.warn)
                 skipped.stop_if_too_many()
-                shown = ("accuracy", "tokens", "steps", "exit_early_exit", "reward", "kl")
-                bar.update(step + 1, **{name: figures[name] for name in shown})
+                bar.update(step + 1, **live_figures(figures))
                 progress = checkpoint.Progress(step + 1, cursor, skipped.in_a_row)
                 saver.offer(progress, state, figures)
         after = measure(whole(state.params, frozen.base), "after")
@@ -197,7 +208,7 @@ def finish(
         described.hf_config,
         described.generation,
         tokenizer_folder=workdir / "model",
-        card={"settings": config.to_dict(), "measured": evaluations},
+        card=card_of(config.to_dict(), result, read_metrics(workdir / "metrics.jsonl")),
         dtype=config.export_dtype,
     )
     Console().print(evaluation_table(evaluations, result["exits"]))
@@ -287,8 +298,10 @@ class Rounds:
         batch, cursor = take_prompts(self.questions, cursor, self.config)
         mine = distributed.share(batch, "config.prompts_per_step")
         ids, samples = [prompt.ids for prompt in mine], self.config.rollout.samples
-        completions, stats = self.rollout(ready, ids, samples, key)
-        clock.lap("rollout_seconds")
+        total = len(ids) * samples
+        clock.show("rollout", 0, total)
+        completions, stats = self.rollout(ready, ids, samples, key, lambda n: clock.show("rollout", n, total))
+        clock.lap("rollout_seconds", "grading")
         triggers = tuple(self.config.rollout.triggers)
         scored = score_completions(self.tokenizer, mine, completions, self.grader, triggers)
         scored, stats = exchange(scored, stats, batch)
@@ -576,14 +589,21 @@ def mean_exits(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 class Stopwatch:
-    """Seconds of the stages of a step."""
+    """Seconds of the stages of a step.
 
-    def __init__(self):
+    Attributes:
+        show: is told each stage as it begins, and may be told how far it is.
+        laps: seconds by name.
+    """
+
+    def __init__(self, show: Callable[..., None] = lambda *_: None):
+        self.show = show
         self.laps: dict[str, float] = {}
         self._since = time.monotonic()
 
-    def lap(self, name: str) -> None:
-        """Ends a stage; the times of a stage that comes again add up."""
+    def lap(self, name: str, following: str = "") -> None:
+        """Ends a stage, `following` begins; the times of a stage that comes again add up."""
+        self.show(following)
         now = time.monotonic()
         self.laps[name], self._since = self.laps.get(name, 0.0) + now - self._since, now
 

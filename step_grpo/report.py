@@ -4,9 +4,10 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,16 +17,34 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from step_grpo.rollout.phases import REASONS
 
 PLAIN_INTERVAL = 10.0  # seconds between two lines where there is no terminal
 
 
-class ProgressBar:
-    """Shows how far a stage is, with figures beside it; plain lines where there is no terminal."""
+class _TwoLines(Progress):
+    """The bar of a stage, and below it the figures, which would not fit beside it."""
 
-    def __init__(self, console: Console, title: str, total: int):
+    figures = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bar, then the figures where there are any."""
+        yield self.make_tasks_table(self.tasks)
+        if self.figures:
+            yield Text(self.figures)
+
+
+class ProgressBar:
+    """Shows how far a run is and what it is at, with figures; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console, title: str, total: int, done: int = 0):
         """Shows nothing yet; use `progress_bar`."""
         self._console, self._title, self._total = console, title, total
+        self._first = self._done = done
+        self._stage = self._figures = ""
+        self._began = time.monotonic()
         self._said = 0.0
         columns = (
             TextColumn("{task.description}"),
@@ -34,28 +53,54 @@ class ProgressBar:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[stage]}"),
         )
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self.progress.add_task(title, total=total, figures="")
+        self.progress = _TwoLines(*columns, console=console, disable=not console.is_terminal)
+        self._task = self.progress.add_task(title, total=total, completed=done, stage="")
+
+    def stage(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Says what the run is at, and how far that is, where it is known."""
+        self._stage = f"{name} {done}/{total}" if total else name
+        self.progress.update(self._task, stage=self._stage)
+        self._say()
 
     def update(self, done: int, **figures: float | str) -> None:
-        """Sets how much is done, and the figures to show beside it."""
-        text = "  ".join(f"{name} {show(value)}" for name, value in figures.items())
-        self.progress.update(self._task, completed=done, figures=text)
-        if not self._console.is_terminal and (
-            done >= self._total or time.monotonic() - self._said > PLAIN_INTERVAL
-        ):
-            self._said = time.monotonic()
-            print(f"{self._title} {done}/{self._total}  {text}".rstrip(), flush=True)
+        """Sets how much is done, and the figures to show with it."""
+        self._done, self._stage = done, ""
+        self._figures = "  ".join(f"{name} {show(value)}" for name, value in figures.items())
+        self.progress.figures = self._figures
+        self.progress.update(self._task, completed=done, stage="")
+        self._say(done >= self._total)
+
+    def _say(self, now: bool = False) -> None:
+        """A plain line, unless there is a terminal or there was one only just now."""
+        if self._console.is_terminal or not (now or time.monotonic() - self._said > PLAIN_INTERVAL):
+            return
+        self._said = time.monotonic()
+        left = f"left {timedelta(seconds=round(self.seconds_left()))}" if self._done > self._first else ""
+        parts = (f"{self._title} {self._done}/{self._total}", left, self._stage, self._figures)
+        print("  ".join(part for part in parts if part), flush=True)
+
+    def seconds_left(self) -> float:
+        """What is left to do, at the pace of what was done since the bar was made."""
+        pace = (time.monotonic() - self._began) / max(self._done - self._first, 1)
+        return pace * (self._total - self._done)
 
 
 @contextmanager
-def progress_bar(title: str, total: int) -> Iterator[ProgressBar]:
-    """A `ProgressBar` for as long as the block runs."""
-    bar = ProgressBar(Console(), title, total)
+def progress_bar(title: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
+    """A `ProgressBar` for as long as the block runs; `done` was so before."""
+    bar = ProgressBar(Console(), title, total, done)
     with bar.progress:
         yield bar
+
+
+def live_figures(figures: Mapping[str, float]) -> dict[str, float | str]:
+    """What is shown while training, of a step's line of metrics."""
+    exits = {name: figures[f"exit_{name}"] for name in REASONS if figures[f"exit_{name}"]}
+    said = ", ".join(f"{name} {share:.0%}" for name, share in exits.items())
+    shown = {name: figures[name] for name in ("accuracy", "tokens", "steps", "reward", "kl")}
+    return {"tokens/s": figures["generated_per_second"], **shown, "exits": said}
 
 
 def show(value: float | str) -> str:

@@ -175,6 +175,8 @@ WRONG = {
     "rollout.budget_margin": -1,
     "rollout.max_repetitions": 0,
     "reward.name": "steps",
+    "reward.functions": ("my_module.mine",),
+    "log.metrics": ("my module:mine",),
     "reward.alpha": 1.1,
     "reward.beta": -0.1,
     "reward.baseline": "none",
@@ -248,6 +250,8 @@ FREE = {
         "rollout.verifier.checkpoint",
         "rollout.verifier.prefix",
         "grpo.train_forced_tokens",
+        "log.wandb",
+        "log.tensorboard",
     ),
 }
 

@@ -198,6 +198,7 @@ _REWARDS: dict[str, _Reward] = {
         penalty_from=use.penalty_from,
         max_tokens=use.max_tokens,
     ),
+    "none": lambda acc, fmt, k, n, use: np.zeros_like(_indicator("correct", acc)),
 }
 NAMES = tuple(_REWARDS)
 """The rewards that `score` knows."""

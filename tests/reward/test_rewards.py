@@ -170,6 +170,7 @@ def test_score_dispatches_by_name() -> None:
         "accuracy": accuracy_format(correct, formatted),
         "length_penalty": length_penalty(correct, formatted, tokens, penalty=0.5, max_tokens=100),
         "grpo_lambda": grpo_lambda(correct, formatted, tokens, penalty=0.5, penalty_from=0.5, max_tokens=100),
+        "none": np.zeros((1, 3)),
     }
     assert set(expected) == set(NAMES)
     for name in NAMES:
