@@ -2,13 +2,19 @@
 
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
+
+from step_grpo import cli
+from step_grpo.config import validate
+from step_grpo.main import main
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SEEN = {
@@ -79,3 +85,19 @@ def test_notebook_runs_from_top_to_bottom(name, folder, tmp_path):
         assert part in text, part
     assert len(shown(notebook, "image/png")) == PICTURES[name]
     assert sorted(os.listdir(root / "notebooks")) == before  # nothing is left behind
+
+
+def test_the_run_on_a_tpu_is_one_that_the_command_line_understands(tmp_path, monkeypatch):
+    monkeypatch.chdir(NOTEBOOKS[0].parents[1])
+    (cell,) = [cell for cell in load(NOTEBOOKS[0]).cells if "subprocess.Popen(" in cell.source]
+    started: list[list[str]] = []
+    fake = SimpleNamespace(Popen=lambda command, **_: started.append(command), STDOUT=None)
+    named = {"on_tpu": True, "SHORT": False, "STEPS": 7, "WORKDIR": str(tmp_path)}
+    exec(cell.source, {**named, "subprocess": fake, "sys": sys, "Path": Path})
+    (command,) = started
+    assert command[1:3] == ["-m", "step_grpo.main"]
+    arguments = cli.parse(main, command[2:])
+    config = arguments["config"]
+    validate(config)
+    assert (config.model.checkpoint, config.steps) == ("Qwen/Qwen3-0.6B", 7)
+    assert config.lora.rank > 0 and config.data.name == "openai/gsm8k" and arguments["workdir"] == tmp_path
