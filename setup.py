@@ -1,8 +1,26 @@
-"""Installation of step_grpo: `pip install -e .`, with the extras test, tpu, cuda, gcs and notebook."""
+"""Installation of step_grpo: `pip install -e .`, with the extras test, tpu, cuda, gcs, gym, notebook and docs."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithConfigs(build_py):
+    """Puts `configs/` into the package, so that `--config=configs/tiny.py` works wherever a wheel was installed."""
+
+    def run(self) -> None:
+        """Builds, then copies; an editable installation reads them where they are."""
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(
+                Path(__file__).with_name("configs"),
+                Path(self.build_lib, "step_grpo", "configs"),
+                ignore=shutil.ignore_patterns("__pycache__"),
+                dirs_exist_ok=True,
+            )
+
 
 setup(
     name="step_grpo",
@@ -12,6 +30,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    cmdclass={"build_py": BuildWithConfigs},
     packages=find_packages(include=["step_grpo", "step_grpo.*"]),
     package_data={"step_grpo": ["assets/*/*", "py.typed"]},
     install_requires=[
@@ -39,6 +58,7 @@ setup(
         "gcs": ["gcsfs>=2025.3"],
         "gym": ["reasoning-gym>=0.1.25"],
         "notebook": ["notebook>=7"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "latex2mathml>=3.77"],
         "test": [
             "torch==2.13.0",
             "peft>=0.21",
