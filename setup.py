@@ -1,4 +1,4 @@
-"""Installation of step_grpo: `pip install -e .`, with the extras test, tpu, cuda, gcs, gym, notebook and docs."""
+"""Installation of step_grpo: `pip install -e .`, and the extras test, tpu, cuda, gcs, gym, notebook, docs."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithConfigs(build_py):
-    """Puts `configs/` into the package, so that `--config=configs/tiny.py` works wherever a wheel was installed."""
+    """Puts `configs/` into the package, so that `--config=configs/tiny.py` works with a wheel alone."""
 
     def run(self) -> None:
         """Builds, then copies; an editable installation reads them where they are."""

@@ -126,6 +126,5 @@ def _in_code(match: re.Match[str]) -> str:
     return " and ".join(f"`{name}`" for name in match.groups() if name)
 
 
-
 if __name__ == "__main__":
     print(data_fields(), table_of_fields(), sep="\n")

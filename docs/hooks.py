@@ -1,6 +1,6 @@
 """What `mkdocs build` does beside Markdown: the table of fields, pages of source code, formulas as MathML.
 
-The pages of `docs/` are written for GitHub too, where they link to source files as they lie. In the site these
+The pages of `docs/` are written for GitHub too, where they link to source files as they lie. Here these
 become pages of their own, and a link from a function's name leads to its line.
 """
 
@@ -54,7 +54,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML, which needs no script; and the lines of a listing as anchors that links may name."""
+    """Formulas as MathML, which needs no script; and lines of listings as anchors that links may name."""
     page.present_anchor_ids = {*(page.present_anchor_ids or ()), *re.findall(r'id="(L-0-\d+)"', content)}
 
     def formula(match: re.Match[str]) -> str:

@@ -3,7 +3,9 @@
 import ast
 import contextlib
 import doctest
-import importlib
+import html
+import importlib.util
+import inspect
 import io
 import re
 from collections.abc import Iterator
@@ -14,13 +16,14 @@ import pytest
 from ml_collections import ConfigDict
 from pages import PAGES, ROOT, Piece, anchors, blocks, commands, links, spans
 
+import step_grpo
 from step_grpo import cli
 from step_grpo.config import base_config, sft_config, validate, validate_sft
 from step_grpo.errors import UserError
 from step_grpo.study_config import study_config, validate_study
 
 OTHERS = {  # programs that are not of this project
-    *("cd", "curl", "docker", "gcloud", "gcluster", "git", "hf", "lm_eval", "mkdocs", "mypy", "pre-commit"),
+    *("cd", "docker", "export", "gcloud", "gcluster", "git", "lm_eval", "mkdocs", "mypy", "pre-commit"),
     *("ruff", "shellcheck", "sky", "source", "ssh-add", "vllm"),
 }
 VALIDATORS = {"sft": validate_sft, "study": validate_study}
@@ -56,14 +59,18 @@ def check_command(words: list[str]) -> None:
         script = ROOT / program
         assert script.is_file()
         known = script.read_text(encoding="utf-8") + (ROOT / "tpu" / "common.sh").read_text(encoding="utf-8")
-        assert all(f"--{flag}" in known for word in rest for flag in FLAG.findall(word)[:1] if flag != "config")
+        assert all(
+            f"--{flag}" in known for word in rest for flag in FLAG.findall(word)[:1] if flag != "config"
+        )
     else:
         assert program in OTHERS, f"unknown program {program!r}"
 
 
 def check_entry_point(name: str, arguments: list[str]) -> None:
     """Reads the command line of a program as the program itself does, and runs nothing."""
-    module = importlib.import_module(name if (ROOT / f"{name.replace('.', '/')}.py").is_file() else f"{name}.__main__")
+    module = importlib.import_module(
+        name if (ROOT / f"{name.replace('.', '/')}.py").is_file() else f"{name}.__main__"
+    )
     parsed = cli.parse(module.main, [name, *arguments])
     if isinstance(config := parsed.get("config"), ConfigDict):
         VALIDATORS.get(name.rpartition(".")[2], validate)(config)
@@ -131,6 +138,31 @@ def test_a_mistyped_command_is_found(command, wrong, monkeypatch):
     (words,) = commands(command)
     with pytest.raises((UserError, AssertionError, AttributeError), match=wrong):
         check_command(words)
+
+
+GATE = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+UNRUN = {"step_grpo.replay": "tests/test_guards.py", "step_grpo.fit.table": "tests/test_fit.py"}
+"""Programs that the gate does not start, since it has no damaged batch and not the hours; what tests them."""
+
+
+@pytest.mark.parametrize("piece", of_pages(blocks, "bash"))
+def test_programs_of_the_pages_are_run_by_the_gate_with_the_same_flags(piece):
+    for words in commands(piece.text):
+        if words[1:2] == ["-m"] and words[2].startswith("step_grpo.") and words[2] not in UNRUN:
+            runs = " ".join(line for line in of_gate() if f"-m {words[2]} " in line)
+            needed = {flag for word in words for flag in FLAG.findall(word)[:1]}
+            assert runs and needed <= set(FLAG.findall(runs)), " ".join(words)
+
+
+def of_gate() -> list[str]:
+    return GATE.replace("\\\n", " ").splitlines()
+
+
+@pytest.mark.parametrize("program", UNRUN)
+def test_what_the_gate_leaves_out_has_tests(program):
+    text = (ROOT / UNRUN[program]).read_text(encoding="utf-8")
+    package, _, name = program.rpartition(".")
+    assert re.search(rf"from {package}(?:\.{name})? import .*|import {program}", text)
 
 
 # ---------------------------------------------------------------------- fields, names, messages
@@ -213,7 +245,12 @@ def test_every_equation_of_the_method_has_a_function():
 def test_functions_that_the_table_of_methods_names_exist():
     table = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     named = re.findall(r"`(rewards|advantages|loss|main)\.(\w+)`", table)
-    files = {"rewards": "reward/rewards", "advantages": "grpo/advantages", "loss": "grpo/loss", "main": "main"}
+    files = {
+        "rewards": "reward/rewards",
+        "advantages": "grpo/advantages",
+        "loss": "grpo/loss",
+        "main": "main",
+    }
     assert len(named) >= 8
     for module, name in named:
         assert name in definitions(ROOT / "step_grpo" / f"{files[module]}.py"), f"{module}.{name}"
@@ -234,7 +271,11 @@ def texts_of_the_program() -> str:
 
 
 def messages() -> list[str]:
-    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## Messages of others")[0]
+    text = (
+        (ROOT / "docs" / "troubleshooting.md")
+        .read_text(encoding="utf-8")
+        .partition("## Messages of others")[0]
+    )
     return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
 
 
@@ -270,9 +311,92 @@ def test_every_page_is_in_the_navigation_and_nothing_else():
     def leaves(entry) -> list[str]:
         if isinstance(entry, str):
             return [entry]
-        return [leaf for value in (entry.values() if isinstance(entry, dict) else entry) for leaf in leaves(value)]
+        return [
+            leaf for value in (entry.values() if isinstance(entry, dict) else entry) for leaf in leaves(value)
+        ]
 
-    assert sorted(leaves(yaml.safe_load(text)["nav"])) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    assert sorted(leaves(yaml.safe_load(text)["nav"])) == sorted(
+        page.name for page in (ROOT / "docs").glob("*.md")
+    )
+
+
+# ---------------------------------------------------------------------- habits
+
+
+LINTERS = ("ruff check .", "ruff format --check .", "mypy", "shellcheck")
+
+
+def read_yaml(name: str):
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_workflow_does_what_the_gate_does():
+    jobs = read_yaml(".github/workflows/ci.yml")["jobs"]
+    runs = [step["run"] for step in jobs["lint"]["steps"] if "run" in step]
+    assert all(line in of_gate() for line in runs if "pip" not in line) and len(runs) == len(LINTERS) + 1
+    gate = jobs["gate"]
+    assert gate["steps"][-1] == {"run": ".ci/run"} and "STEP_GRPO_TEST_DATA" in gate["env"]
+    for name in re.findall(r"python\"? (\S+\.py)", str(gate)):
+        assert (ROOT / name).is_file()
+
+
+def test_hooks_before_a_commit_are_the_linters_of_the_gate():
+    hooks = [hook for repo in read_yaml(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
+    assert tuple(hook["entry"] for hook in hooks) == LINTERS
+    assert all(any(line.startswith(entry) for line in of_gate()) for entry in LINTERS)
+
+
+def test_forms_for_issues_ask_for_something():
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = read_yaml(str(path))
+        if path.name != "config.yml":
+            assert form["name"] and form["description"] and form["body"]
+            assert all(part["attributes"]["label"] and part["id"] for part in form["body"])
+
+
+def test_citation_and_changelog_have_the_version_of_the_package():
+    citation = read_yaml("CITATION.cff")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert (
+        citation["version"] == step_grpo.__version__ == re.findall(r"^## ([\d.]+)", changes, re.MULTILINE)[0]
+    )
+    assert citation["license"] == "Apache-2.0"
+
+
+# ---------------------------------------------------------------------- the table of fields
+
+
+@pytest.fixture(scope="module")
+def table() -> str:
+    spec = importlib.util.spec_from_file_location("fields", ROOT / "docs" / "fields.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.table_of_fields()
+
+
+def test_table_has_every_field_once_with_its_default(table):
+    groups = re.split(r"^### `config\.?(.*)`$", table, flags=re.MULTILINE)[1:]
+    rows = {}
+    for group, text in zip(groups[::2], groups[1::2], strict=True):
+        for name, shown in re.findall(r"^\| `(\w+)` \| <code>(.*?)</code> \|", text, re.MULTILINE):
+            path = f"{group}.{name}".lstrip(".")
+            assert path not in rows
+            rows[path] = html.unescape(shown)
+    assert sorted(rows) == sorted(cli.leaf_fields(base_config()))
+    for path, shown in rows.items():
+        value = base_config()
+        for name in path.split("."):
+            value = value[name]
+        assert ast.literal_eval(shown) == (value.to_dict() if isinstance(value, ConfigDict) else value)
+
+
+def test_table_has_every_comment_of_the_fields(table):
+    source = inspect.getsource(base_config)
+    body = source[: source.index("    groups = {")]
+    body = re.sub(r"^    (?:#.*\n    )*#.*\n    data = data_config\(", "", body, flags=re.MULTILINE)
+    for comment in re.findall(r"# (.*)$", body, re.MULTILINE):
+        assert comment.replace("|", "\\|") in table, comment
 
 
 # ---------------------------------------------------------------------- examples
