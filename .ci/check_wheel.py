@@ -1,4 +1,4 @@
-"""Fails unless a wheel holds all files of the package and the configs: `check_wheel.py WHEEL`, in a checkout."""
+"""Fails unless a wheel holds all files of the package and the configs: `check_wheel.py WHEEL` in a clone."""
 
 import subprocess
 import sys
