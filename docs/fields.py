@@ -69,7 +69,7 @@ def comments_of_fields() -> dict[str, str]:
     assert isinstance(body, ast.FunctionDef)
     for node in body.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            names = {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
+            names = {str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)}
             path = _path_of(names)
             if path is not None:
                 notes[path] = _note(node, comments)
@@ -90,7 +90,7 @@ def _fields(node: ast.Dict, path: str, comments: Comments) -> Iterator[tuple[str
     last = {value.end_lineno: key for key, value in zip(node.keys, node.values, strict=True)}
     for key, value in zip(node.keys, node.values, strict=True):
         if isinstance(key, ast.Constant):
-            name = f"{path}.{key.value}".lstrip(".")
+            name = f"{path}.{key.value!s}".lstrip(".")
             alone = last[value.end_lineno] is key and len(node.keys) > 1 and node.lineno != key.lineno
             yield name, _note(key, comments, value.end_lineno) if alone else ""
             if isinstance(value, ast.Dict):
