@@ -1,8 +1,26 @@
-"""Installation of step_grpo: `pip install -e .`, with extras: accelerators, tools, test."""
+"""Installation of step_grpo: `pip install -e .`, and the extras of `extras_require`."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithConfigs(build_py):
+    """Puts `configs/` into the package, so that `--config=configs/tiny.py` works with a wheel alone."""
+
+    def run(self) -> None:
+        """Builds, then copies; an editable installation reads them where they are."""
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(
+                Path(__file__).with_name("configs"),
+                Path(self.build_lib, "step_grpo", "configs"),
+                ignore=shutil.ignore_patterns("__pycache__"),
+                dirs_exist_ok=True,
+            )
+
 
 NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]  # what runs those of notebooks/
 
@@ -14,6 +32,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    cmdclass={"build_py": BuildWithConfigs},
     packages=find_packages(include=["step_grpo", "step_grpo.*"]),
     package_data={"step_grpo": ["assets/*/*", "py.typed"]},
     install_requires=[
@@ -43,6 +62,7 @@ setup(
         "notebook": ["notebook>=7", "ipywidgets>=8", *NOTEBOOKS],
         "tensorboard": ["tensorboard>=2.20"],
         "wandb": ["wandb>=0.20"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "latex2mathml>=3.77"],
         "test": [
             "torch==2.13.0",
             "peft>=0.21",

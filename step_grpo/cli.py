@@ -33,6 +33,7 @@ from step_grpo import paths
 from step_grpo.errors import UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a full or read-only disk
+SHIPPED = Path(__file__).parent  # a wheel brings `configs/` along, beside this file
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 
 
@@ -187,11 +188,15 @@ def _folder_in_bucket(name: str, value: str) -> Path:
 def load_config(value: str) -> ConfigDict:
     """The locked config of `FILE.py` or `FILE.py:ARG`: what its `get_config()` or `get_config(ARG)` returns.
 
+    A file that is not there is looked for among those that were installed, by the same relative path.
+
     Raises:
         UserError: no such file, it fails, or it returns no `ConfigDict`.
     """
     name, colon, arg = value.partition(":")
     path = Path(name).expanduser()
+    if not path.is_file() and path.parts[:1] == ("configs",) and (SHIPPED / path).is_file():
+        path = SHIPPED / path
     if not path.is_file():
         present = [str(other) for other in path.parent.glob("*.py")]
         near = difflib.get_close_matches(str(path), present, n=1)

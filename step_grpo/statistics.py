@@ -63,6 +63,9 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     One minus the share of the subsets of k completions that hold no right one (Chen et al. 2021, "Evaluating
     Large Language Models Trained on Code", equation 1).
 
+    >>> print(pass_at_k(np.array([[1, 0, 0, 0], [1, 1, 1, 1]]), k=2))
+    [0.5 1. ]
+
     Args:
         correct: `[Q, S]`.
         k: 1 to S.

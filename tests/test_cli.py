@@ -87,6 +87,20 @@ def test_flags_left_out_take_the_defaults_of_main(folder):
     assert done.stdout == "3 0.5 ('Wait',) True {}\nPosixPath('runs') 'here' True False\n"
 
 
+def test_config_that_is_not_here_is_taken_from_the_installation(folder, tmp_path, monkeypatch):
+    (tmp_path / "installed" / "configs").mkdir(parents=True)
+    (tmp_path / "installed" / "configs" / "tiny.py").write_text(CONFIG)
+    monkeypatch.setattr(cli, "SHIPPED", tmp_path / "installed")
+    monkeypatch.chdir(tmp_path)
+    assert cli.load_config("configs/tiny.py:arg").action == "arg"
+    for missing in ("configs/tini.py", "other/tiny.py", "configs/../configs/none.py"):
+        with pytest.raises(UserError, match="no such file"):
+            cli.load_config(missing)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.py").write_text(CONFIG.replace('"steps": 3', '"steps": 4'))
+    assert cli.load_config("configs/tiny.py").steps == 4  # the file that is here comes first
+
+
 MISTAKES = {
     "no config": ((), "--config is missing"),
     "config given as an argument": (("tiny.py",), "did you mean --config=tiny.py?"),

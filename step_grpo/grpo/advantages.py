@@ -18,6 +18,10 @@ def group_advantages(rewards: Array, *, eps: float = 1e-6) -> Array:
     `(R - mean) / (std + eps)` over the completions of one prompt, the std with Bessel's correction. Groups
     whose rewards are all equal, and groups of one, get advantages of exactly 0.
 
+    >>> print(group_advantages(np.array([[1.0, 2.0, 3.0], [0.5, 0.5, 0.5]])).round(3))
+    [[-1.  0.  1.]
+     [ 0.  0.  0.]]
+
     Args:
         rewards: [prompts, samples], any real type; NumPy in, NumPy out, and JAX in, JAX out (also under jit).
         eps: added to the standard deviation.

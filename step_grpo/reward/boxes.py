@@ -13,6 +13,9 @@ def last_box(text: str) -> str | None:
     Braces inside are balanced, escaped ones ignored. Of nested boxes the inner one is returned. Stray braces
     elsewhere in the text and a box cut off at the end do no harm.
 
+    >>> last_box(r"First \boxed{3}, no: \boxed{\frac{1}{2}}, and \boxed{cut o")
+    '\\frac{1}{2}'
+
     Args:
         text: Any text, of any length; no recursion and no backtracking.
 

@@ -12,6 +12,9 @@ def count_steps(text: str, triggers: tuple[str, ...] = ("Wait",)) -> int:
     A trigger stands alone where no ASCII letter touches it: "Wait," counts, "Waiting" and "await" do not.
     Case matters.
 
+    >>> count_steps("2 + 2 = 4. Wait, is it? Waiting helps. Wait: yes.")
+    3
+
     Args:
         text: The whole completion, thinking and answer.
         triggers: Words that open a new step.
