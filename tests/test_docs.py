@@ -190,7 +190,7 @@ def names_field(page: Path) -> list[Piece]:
     """Inline code such as `config.rollout.delta`, `--config.seed=1` and `rollout.exit=none`."""
     groups = "|".join(name for name, value in base_config().items() if isinstance(value, ConfigDict))
     field = r"([a-z_]\w*(?:\.\w+)*)"
-    no_file = r"(?!(?:\w+\.)*(?:py|json)$)"
+    no_file = r"(?!(?:\w+\.)*(?:py|json|safetensors)$)"
     pattern = re.compile(rf"(?:(?:--)?config\.|(?=(?:{groups})\.)){no_file}{field}(?:=.*)?$", re.DOTALL)
     named = [(span, pattern.match(span.text)) for span in spans(page)]
     return [Piece(span.page, span.line, match[1]) for span, match in named if match]
