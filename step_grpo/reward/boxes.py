@@ -32,3 +32,24 @@ def last_box(text: str) -> str | None:
             if start is not None and (last is None or start > last[0]):
                 last = (start, token.start())
     return None if last is None else text[slice(*last)]
+
+
+def without_outer_braces(text: str) -> str:
+    """The text without the braces that enclose all of it, however many; the same where nothing is inside.
+
+    They mean nothing in LaTeX, and a parser may take time that doubles with each pair of them.
+    """
+    if not (text.startswith("{") and text.endswith("}")):
+        return text
+    openings: list[int] = []
+    closed_at: dict[int, int] = {}
+    for token in _TOKEN.finditer(text):
+        if token.lastgroup in ("open", "box"):
+            openings.append(token.start())
+        elif token.lastgroup == "close" and openings:
+            closed_at[openings.pop()] = token.start()
+    outer = 0
+    while closed_at.get(outer) == len(text) - 1 - outer and text[outer] == "{":
+        outer += 1
+    inside = text[outer : len(text) - outer]
+    return inside if inside.strip() else text

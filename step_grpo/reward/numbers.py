@@ -1,6 +1,7 @@
 """Plain integers, decimals and fractions in LaTeX, as exact values."""
 
 import re
+import unicodedata
 from fractions import Fraction
 
 INTEGER = re.compile(r"(?P<sign>[+-]?)(?P<digits>[0-9]++|[1-9][0-9]{0,2}(?:,[0-9]{3})++)")
@@ -13,6 +14,25 @@ _FRACTION = re.compile(
     r"|\\[dt]?frac\{(-?[0-9]++)\}([0-9])"
     r"|([0-9]++) ?/ ?([0-9]++))"
 )
+
+_MINUS_SIGNS = "\u2212\ufe63\uff0d"
+_NO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff"
+
+
+def plain_characters(text: str) -> str:
+    """The text with decimal digits and minus signs in ASCII, and without characters that have no width.
+
+    A raised digit is none, nor is a letter that only looks like another one.
+    """
+    return text if text.isascii() else "".join(map(_plain_character, text))
+
+
+def _plain_character(character: str) -> str:
+    if character.isdecimal():
+        return str(unicodedata.decimal(character))
+    if character in _MINUS_SIGNS:
+        return "-"
+    return "" if character in _NO_WIDTH else character
 
 
 def plain_number(text: str) -> Fraction | None:
