@@ -39,17 +39,17 @@ def without_outer_braces(text: str) -> str:
 
     They mean nothing in LaTeX, and a parser may take time that doubles with each pair of them.
     """
-    if not (text.startswith("{") and text.endswith("}")):
-        return text
-    openings: list[int] = []
-    closed_at: dict[int, int] = {}
-    for token in _TOKEN.finditer(text):
-        if token.lastgroup in ("open", "box"):
-            openings.append(token.start())
-        elif token.lastgroup == "close" and openings:
-            closed_at[openings.pop()] = token.start()
-    outer = 0
-    while closed_at.get(outer) == len(text) - 1 - outer and text[outer] == "{":
-        outer += 1
+    leading = len(text) - len(text.lstrip("{"))
+    before = text.rstrip("}")
+    is_escaped = (len(before) - len(before.rstrip("\\"))) % 2  # the first of the closing braces
+    pairs = min(leading, len(text) - len(before) - is_escaped)
+    # What is between them may close some of the leading braces and open as many again; these do not count.
+    depth = lowest = 0
+    for token in _TOKEN.finditer(text, pairs, len(text) - pairs):
+        depth += {"open": 1, "box": 1, "close": -1}.get(token.lastgroup or "", 0)
+        lowest = min(lowest, depth)
+        if pairs + lowest <= 0:
+            return text
+    outer = pairs + lowest if depth == 0 else 0
     inside = text[outer : len(text) - outer]
     return inside if inside.strip() else text

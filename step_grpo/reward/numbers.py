@@ -1,5 +1,6 @@
 """Plain integers, decimals and fractions in LaTeX, as exact values."""
 
+import functools
 import re
 import unicodedata
 from fractions import Fraction
@@ -17,6 +18,7 @@ _FRACTION = re.compile(
 
 _MINUS_SIGNS = "\u2212\ufe63\uff0d"
 _NO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff"
+_DECIMAL_DIGITS = range(0x660, 0x20000)  # those of Unicode beyond ASCII lie in here
 
 
 def plain_characters(text: str) -> str:
@@ -24,15 +26,14 @@ def plain_characters(text: str) -> str:
 
     A raised digit is none, nor is a letter that only looks like another one.
     """
-    return text if text.isascii() else "".join(map(_plain_character, text))
+    return text if text.isascii() else text.translate(_in_ascii())
 
 
-def _plain_character(character: str) -> str:
-    if character.isdecimal():
-        return str(unicodedata.decimal(character))
-    if character in _MINUS_SIGNS:
-        return "-"
-    return "" if character in _NO_WIDTH else character
+@functools.cache
+def _in_ascii() -> dict[int, str]:
+    """What stands for a character, by its number."""
+    digits = {code: str(unicodedata.decimal(chr(code))) for code in _DECIMAL_DIGITS if chr(code).isdecimal()}
+    return digits | {ord(c): "-" for c in _MINUS_SIGNS} | {ord(c): "" for c in _NO_WIDTH}
 
 
 def plain_number(text: str) -> Fraction | None:

@@ -72,9 +72,9 @@ def test_last_closed_box_is_found(text: str, content: str | None) -> None:
     ids=["open boxes", "open braces", "closed braces", "backslashes", "blanks"],
 )
 def test_three_megabytes_of_anything_take_linear_time(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert last_box(text) is None
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def is_enclosed(text: str) -> bool:

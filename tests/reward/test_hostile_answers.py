@@ -93,9 +93,9 @@ def grader() -> Iterator[Grader]:
 
 @pytest.mark.parametrize("completion", NEVER_PARSED.values(), ids=NEVER_PARSED)
 def test_what_no_answer_can_look_like_is_wrong_and_no_error(completion: str, grader: Grader) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     [grade] = grader.grade_many([completion], ["1"])
-    assert time.perf_counter() - start < DEADLINE + SLACK
+    assert time.process_time() - start < DEADLINE + SLACK
     assert not grade.correct
     assert grade.error is None
 
