@@ -350,9 +350,18 @@ def machine_of(delta: float, strict: bool, max_notes: int, **limits: int) -> Mac
 
 
 def made_up_model(rng: np.random.Generator) -> np.ndarray:
-    """`[ENTRIES, V]` logits: ends are rare, triggers and their pieces frequent."""
+    """`[ENTRIES, V]` logits: ends are rare, triggers and their pieces frequent, and so are equal chunks."""
     logits = rng.normal(size=(ENTRIES, len(TOKENS))) * rng.choice([1.0, 3.0], (ENTRIES, 1))
-    return (logits + np.array([-1.5, -1.5, -1.5, 1, 0.5, 0.5] + [0] * (len(TOKENS) - 6))).astype(np.float32)
+    liked = {
+        b"<eos>": -1.5,
+        b"<end>": -1.5,
+        b"</think>": -1.5,
+        b"Wait": 2.5,
+        b" Wa": 0.5,
+        b"it": 0.5,
+        b"\n": 2,
+    }
+    return (logits + np.array([liked.get(text, 0) for text in TOKENS])).astype(np.float32)
 
 
 def entry(mixed: Any) -> Any:
