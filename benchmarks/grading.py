@@ -2,11 +2,14 @@ r"""Answers graded a second, against math-verify called directly on the same one
 
 `python -m benchmarks.grading --data=FOLDER` takes the reference answers of the files `FOLDER/*.jsonl` (column
 `answer`; by default those of `$STEP_GRPO_TEST_DATA/benchmarks`), each with what a model could have written:
-the answer itself, the same in another spelling, and wrong neighbours. Ordinary answers are drawn as often as
+the answer itself, the same in another spelling, and wrong neighbours, at the end of a completion of some
+thousand characters. No pair comes twice, as those of a group often do. Ordinary answers are drawn as often as
 they occur there, hard ones from those that are no plain number. The last line is one JSON object:
 
 - `answers_per_second`: of ordinary answers, by a `Grader` with two workers that are already running;
-- `hard_answers_per_second`: the same of hard ones;
+- `answers_per_cpu_second`: of the same, by the processor time of workers and parent together; what a machine
+  that does other things at the same time cannot change much;
+- `hard_answers_per_second`, `hard_answers_per_cpu_second`: the same of hard ones;
 - `speed_vs_math_verify`: ratio to math-verify in this process, on the ordinary answers;
 - `verdicts_equal`: every verdict is that of math-verify.
 """
@@ -32,22 +35,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grading", description=__doc__)
     parser.add_argument("--data", default=str(Path(os.environ.get("STEP_GRPO_TEST_DATA", "."), "benchmarks")))
     parser.add_argument("--pairs", type=int, default=2000)
-    parser.add_argument("--hard-pairs", type=int, default=500)
+    parser.add_argument("--hard-pairs", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
     answers = reference_answers(Path(args.data))
     ordinary = answer_pairs(answers, args.pairs, seed=0)
     hard = answer_pairs([a for a in answers if plain_number(a.strip("$ ")) is None], args.hard_pairs, seed=1)
-    with Grader(args.workers, deadline=60.0) as grader:
+    with Grader(args.workers, deadline=60.0, recycle_after=10**9) as grader:
         grader.grade_many(["\\boxed{x+1}"] * 64, [f"x+{n}" for n in range(64)])  # starts the workers
+        idle = processor_seconds(grader)
         verdicts, seconds = timed(lambda: graded(grader, ordinary))
+        between = processor_seconds(grader)
         hard_verdicts, hard_seconds = timed(lambda: graded(grader, hard))
+        processor, hard_processor = between - idle, processor_seconds(grader) - between
     judge = direct_judge()
     direct, direct_seconds = timed(lambda: [judge(*pair) for pair in ordinary])
     hard_direct = [judge(*pair) for pair in hard]
     result = {
         "answers_per_second": len(ordinary) / seconds,
+        "answers_per_cpu_second": len(ordinary) / processor,
         "hard_answers_per_second": len(hard) / hard_seconds,
+        "hard_answers_per_cpu_second": len(hard) / hard_processor,
         "speed_vs_math_verify": direct_seconds / seconds,
         "verdicts_equal": verdicts + hard_verdicts == direct + hard_direct,
         "right_share": sum(direct) / len(direct),
@@ -65,8 +73,17 @@ def timed(work: Callable[[], list[bool]]) -> tuple[list[bool], float]:
 
 def graded(grader: Grader, pairs: Sequence[Pair]) -> list[bool]:
     """The grader's verdicts."""
-    boxes = [f"\\boxed{{{box}}}" for box, _ in pairs]
+    boxes = [f"{THOUGHT}\n</think>\n\nThe answer is \\boxed{{{box}}}." for box, _ in pairs]
     return [grade.correct for grade in grader.grade_many(boxes, [answer for _, answer in pairs])]
+
+
+def processor_seconds(grader: Grader) -> float:
+    """What this process and the grader's workers have used so far; Linux only."""
+    clock_ticks = [
+        sum(map(int, Path(f"/proc/{worker._process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        for worker in grader._processes
+    ]
+    return time.process_time() + sum(clock_ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def direct_judge() -> Callable[[str, str], bool]:
@@ -84,6 +101,8 @@ def direct_judge() -> Callable[[str, str], bool]:
 
 
 # ---------------------------------------------------------------------- pairs
+
+THOUGHT = "So we try $x_1 = \\frac{3}{4}$ and get \\boxed{5}? Wait, check: {a} + {b} is 7. " * 40
 
 
 def reference_answers(folder: Path) -> list[str]:

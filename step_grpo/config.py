@@ -5,8 +5,9 @@ lines over it. Configs are locked, so a mistyped field is an error and not a sil
 """
 
 import math
+import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
         UserError: naming the field, its value and what would be right.
     """
+    _check_types(config, base_config(), "config")
     _check_run(config)
     _check_model(config.model)
     _check_lora(config.lora)
@@ -348,6 +350,48 @@ def validate(config: ConfigDict) -> None:
     _check_verifier_training(config.verifier_training)
     needed = next((f"config.{g}.exit" for g in ("rollout", "eval") if config[g].exit == "verifier"), "")
     _check_verifier(config.rollout.verifier, needed)
+
+
+def _check_types(config: ConfigDict, default: ConfigDict, where: str) -> None:
+    """Every field is there and of the type of its default: the checks below compare and divide."""
+    for name, usual in default.items():
+        field = f"{where}.{name}"
+        if name not in config:
+            raise UserError(f"{field} is missing; start from step_grpo.config.base_config()")
+        value = config[name]
+        if isinstance(usual, ConfigDict):
+            _require(isinstance(value, ConfigDict), field, value, "a group of fields, a ConfigDict")
+            _check_types(value, usual, field)
+        elif usual is not None:
+            right, fits = _TYPES[type(usual)]
+            _require(fits(value), field, value, right)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    """Half a surrogate pair is none: it can neither be tokenized nor saved."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(map(_is_text, value))
+
+
+_TYPES: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("a whole number", _is_whole),
+    float: ("a number", _is_number),
+    str: ("a text", _is_text),
+    tuple: ("a tuple of texts", _are_texts),
+}
+"""Of the type of a field's default: what its value must be, in words, and the check."""
 
 
 def _require(ok: bool, field: str, value: Any, right: str) -> None:

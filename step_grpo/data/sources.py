@@ -106,7 +106,7 @@ class _Table:
     label: str
     key: str
     unit: str
-    rows: Iterable[tuple[int, Mapping[str, Any]]]
+    rows: "Iterable[tuple[int, Mapping[str, Any] | _BadRowError]]"  # a row that cannot be read is its error
 
 
 class _BadRowError(Exception):
@@ -124,8 +124,11 @@ def _questions(table: _Table, config: ConfigDict, where: str) -> Questions:
         problems.append(message)
 
     for number, row in table.rows:
-        field = "prompt_column"
+        field = "name"
         try:
+            if isinstance(row, _BadRowError):
+                raise row
+            field = "prompt_column"
             question = _text(_column(row, config.prompt_column), config.prompt_column)
             field = "answer_column"
             answer = _answer_text(_column(row, config.answer_column), config.answer_column)
@@ -257,24 +260,25 @@ def _read_jsonl(config: ConfigDict, where: str) -> _Table:
     if path.is_dir():
         raise UserError(f"{where}.name: {path} is a folder; name one .jsonl file")
 
-    def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def rows() -> Iterator[tuple[int, Mapping[str, Any] | _BadRowError]]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, _json_object(line, f"{where}.name: {path}, line {number}")
+                    yield number, _json_object(line)
 
     return _Table(str(path), path.name, "line", rows())
 
 
-def _json_object(line: bytes, place: str) -> Mapping[str, Any]:
+def _json_object(line: bytes) -> Mapping[str, Any] | _BadRowError:
+    """The JSON object in a line, or what is wrong with it."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{place} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+        return _BadRowError(f"not UTF-8 (byte {error.start + 1})")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON ({_line(error)}); each line must be one JSON object") from None
+        return _BadRowError(f"not JSON ({_line(error)}); each line must be one JSON object")
     if not isinstance(row, dict):
-        raise UserError(f"{place} is JSON but a {type(row).__name__}; each line must be one JSON object")
+        return _BadRowError(f"JSON but a {type(row).__name__}; each line must be one JSON object")
     return row
 
 
@@ -288,12 +292,25 @@ def _read_parquet(config: ConfigDict, where: str) -> _Table:
     return _Table(str(path), path.name, "row", _arrow_rows(table))
 
 
-def _arrow_rows(table: pa.Table) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _arrow_rows(table: pa.Table) -> Iterator[tuple[int, Mapping[str, Any] | _BadRowError]]:
     number = 0
     for batch in table.to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
+        for row in _python_rows(batch):
             yield number, row
             number += 1
+
+
+def _python_rows(batch: pa.RecordBatch) -> list[Mapping[str, Any] | _BadRowError]:
+    """The rows of a batch; the error of one that holds no Python value, such as a text that is not UTF-8.
+
+    A batch with such a row fails as a whole, so it is then read row by row.
+    """
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError, KeyError, pa.ArrowException) as error:
+        if batch.num_rows == 1:
+            return [_BadRowError(f"cannot be read ({_line(error)})")]
+    return [row for number in range(batch.num_rows) for row in _python_rows(batch.slice(number, 1))]
 
 
 def _roots(config: ConfigDict, names: list[str]) -> list[str]:

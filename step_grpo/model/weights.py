@@ -41,6 +41,7 @@ from step_grpo.model.qwen import (
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # never opened
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TOKENIZER_FILES = (
@@ -362,6 +363,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         with _open(folder / WEIGHTS) as handle:
             return dict.fromkeys(handle.keys(), folder / WEIGHTS)
     if not (folder / INDEX).exists():
+        for pickled in sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
+            raise UserError(
+                f"{folder}: the weights are in {pickled!r}, which may run code when it is read; convert them "
+                f"to {WEIGHTS} (transformers' save_pretrained does)"
+            )
         raise UserError(f"{folder}: the weights are missing; neither {WEIGHTS} nor {INDEX} is there")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):

@@ -12,6 +12,7 @@ programs, open sockets and change files, should an answer ever find a way to run
 
 import argparse
 import functools
+import gc
 import importlib
 import json
 import logging
@@ -45,6 +46,8 @@ def load_judge() -> Judge:
         return bool(library.verify(parse(answer), parse(guess), timeout_seconds=None))
 
     judge("\\frac{1}{2}", "x+1")  # the first answer builds parser tables: not on a real answer's time
+    gc.collect()
+    gc.freeze()  # the libraries stay for good: looking through them again and again would cost a tenth
     return judge
 
 

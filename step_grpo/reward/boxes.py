@@ -35,3 +35,24 @@ def last_box(text: str) -> str | None:
             if start is not None and (last is None or start > last[0]):
                 last = (start, token.start())
     return None if last is None else text[slice(*last)]
+
+
+def without_outer_braces(text: str) -> str:
+    """The text without the braces that enclose all of it, however many; the same where nothing is inside.
+
+    They mean nothing in LaTeX, and a parser may take time that doubles with each pair of them.
+    """
+    leading = len(text) - len(text.lstrip("{"))
+    before = text.rstrip("}")
+    is_escaped = (len(before) - len(before.rstrip("\\"))) % 2  # the first of the closing braces
+    pairs = min(leading, len(text) - len(before) - is_escaped)
+    # What is between them may close some of the leading braces and open as many again; these do not count.
+    depth = lowest = 0
+    for token in _TOKEN.finditer(text, pairs, len(text) - pairs):
+        depth += {"open": 1, "box": 1, "close": -1}.get(token.lastgroup or "", 0)
+        lowest = min(lowest, depth)
+        if pairs + lowest <= 0:
+            return text
+    outer = pairs + lowest if depth == 0 else 0
+    inside = text[outer : len(text) - outer]
+    return inside if inside.strip() else text

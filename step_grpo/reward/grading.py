@@ -22,10 +22,10 @@ from multiprocessing.connection import wait
 from typing import Self
 
 from step_grpo.errors import UserError
-from step_grpo.reward.boxes import last_box
+from step_grpo.reward.boxes import last_box, without_outer_braces
 from step_grpo.reward.choices import TEXT_GRADING, exact_key
 from step_grpo.reward.grading_process import GradingProcess, Pair, Verdict, WorkerDied
-from step_grpo.reward.numbers import INTEGER, plain_number
+from step_grpo.reward.numbers import INTEGER, plain_characters, plain_number
 
 MAX_CHARACTERS = 1000
 MAX_DEPTH = 32
@@ -36,6 +36,12 @@ AIME and OlympiadBench has 204 characters."""
 _FAILED_STARTS = 3
 _SIZE = re.compile(r"\\(?:left|right)(?=[()\[\]])")
 _DISPLAY_FRACTION = re.compile(r"\\[dt]frac(?![a-zA-Z])")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+# What says that the answer is not what follows. math-verify leaves it out: `\neq 5` is 5 to it.
+_DENIAL = re.compile(
+    r"[<>\u2260\u2264\u2265\u00ac]"
+    r"|\\(?:not|neg|lnot|neq?|l[te]|g[te]|[lg]eq(?:q|slant)?|ll|gg|nless|ngtr)(?![a-zA-Z])"
+)
 _CLOSE = Fraction(1, 100_000)  # math-verify takes decimals for equal that agree in their sixth place
 
 
@@ -69,12 +75,13 @@ def grade(completion: str, answer: str) -> Grade:
 
 
 def exact_verdict(box: str, answer: str) -> bool | None:
-    """Compares strings that are spelled alike and plain numbers; None where only math-verify can tell.
+    r"""Compares strings that are spelled alike and plain numbers; None where only math-verify can tell.
 
     Blanks and dollar signs around either side do not count. A plain integer may carry a sign, leading zeros
     and commas between thousands; its digits are compared as text, so its length does not matter. Other plain
     numbers are decimals and fractions of a few digits. math-verify rounds decimals, so those that are close
-    and not equal are left to it.
+    and not equal are left to it. Wrong, where math-verify would overlook it, are boxes that begin with a
+    relation such as `\neq` or `<` when the answer does not, and equations between integers that differ.
     """
     box, answer = box.strip(" \t\r\n$"), answer.strip(" \t\r\n$")
     if not box:
@@ -89,6 +96,8 @@ def exact_verdict(box: str, answer: str) -> bool | None:
         distance = abs(numbers[0] - numbers[1])
         if distance == 0 or distance > _CLOSE:
             return distance == 0
+    if _denies(box, answer) or _is_false_equation(box):
+        return False
     return None if _readable(box) and _readable(answer) else False
 
 
@@ -106,14 +115,36 @@ def answer_key(box: str, kind: str) -> str:
     """
     if kind != "math":
         return exact_key(box)
-    text = box.strip(" \t\r\n$")
+    text = _plain(box).strip(" \t\r\n$")
     number = plain_number(text)
     return "".join(spelled_alike(text).split()) if number is None else str(number)
 
 
+def _plain(text: str) -> str:
+    """A text as it is compared: digits and minus signs in ASCII, no braces around all of it."""
+    return without_outer_braces(plain_characters(text).strip(" \t\r\n"))
+
+
+def _denies(box: str, answer: str) -> bool:
+    """Whether a box only tells where the answer is not, or within what bounds."""
+    return _DENIAL.match(box) is not None and _DENIAL.match(answer) is None
+
+
+def _is_false_equation(box: str) -> bool:
+    """Whether a box is an equation between plain integers that differ; math-verify takes the last one."""
+    if "=" not in box or len(box) > MAX_CHARACTERS:
+        return False
+    sides = [INTEGER.fullmatch(side.strip()) for side in box.split("=")]
+    integers = {_canonical(side) for side in sides if side}
+    return all(sides) and len(integers) > 1
+
+
 def _readable(text: str) -> bool:
-    """Whether a text is short and flat enough for a recursive parser; brackets need not match."""
-    if len(text) > MAX_CHARACTERS:
+    """Whether a text is short and flat enough for a recursive parser, and has no control characters.
+
+    Brackets need not match.
+    """
+    if len(text) > MAX_CHARACTERS or _CONTROL.search(text):
         return False
     steps = (1 if character in "([{" else -1 for character in text if character in "([{}])")
     return max(accumulate(steps), default=0) <= MAX_DEPTH
@@ -202,7 +233,7 @@ class Grader:
         if len(completions) != len(answers):
             raise ValueError(f"{len(completions)} completions, but {len(answers)} answers")
         boxes = [last_box(completion) for completion in completions]
-        pairs = [(box or "", answer) for box, answer in zip(boxes, answers, strict=True)]
+        pairs = [(_plain(box or ""), _plain(answer)) for box, answer in zip(boxes, answers, strict=True)]
         kinds = ["math"] * len(pairs) if kinds is None else kinds
         asked = list(zip(pairs, kinds, strict=True))
         exact = {

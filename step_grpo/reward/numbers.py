@@ -1,6 +1,8 @@
 """Plain integers, decimals and fractions in LaTeX, as exact values."""
 
+import functools
 import re
+import unicodedata
 from fractions import Fraction
 
 INTEGER = re.compile(r"(?P<sign>[+-]?)(?P<digits>[0-9]++|[1-9][0-9]{0,2}(?:,[0-9]{3})++)")
@@ -13,6 +15,25 @@ _FRACTION = re.compile(
     r"|\\[dt]?frac\{(-?[0-9]++)\}([0-9])"
     r"|([0-9]++) ?/ ?([0-9]++))"
 )
+
+_MINUS_SIGNS = "\u2212\ufe63\uff0d"
+_NO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff"
+_DECIMAL_DIGITS = range(0x660, 0x20000)  # those of Unicode beyond ASCII lie in here
+
+
+def plain_characters(text: str) -> str:
+    """The text with decimal digits and minus signs in ASCII, and without characters that have no width.
+
+    A raised digit is none, nor is a letter that only looks like another one.
+    """
+    return text if text.isascii() else text.translate(_in_ascii())
+
+
+@functools.cache
+def _in_ascii() -> dict[int, str]:
+    """What stands for a character, by its number."""
+    digits = {code: str(unicodedata.decimal(chr(code))) for code in _DECIMAL_DIGITS if chr(code).isdecimal()}
+    return digits | {ord(c): "-" for c in _MINUS_SIGNS} | {ord(c): "" for c in _NO_WIDTH}
 
 
 def plain_number(text: str) -> Fraction | None:

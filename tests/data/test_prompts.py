@@ -101,6 +101,17 @@ def test_tokenizer_without_a_think_token_is_refused(tmp_path):
         think_end_id(wrapped)
 
 
+def test_tokenizer_that_asks_for_code_of_its_own_is_refused_and_its_code_is_not_run(tmp_path):
+    marker = tmp_path / "code_was_run"
+    (tmp_path / "tokenizer.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Own: pass\n")
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenizer.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {}}))
+    with pytest.raises(UserError, match=r"config\.model\.tokenizer: cannot load a tokenizer") as caught:
+        load_tokenizer(str(tmp_path))
+    assert not marker.exists() and "\n" not in str(caught.value)
+
+
 def test_unusable_tokenizer_folders_name_their_field(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{")

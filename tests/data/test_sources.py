@@ -266,14 +266,14 @@ def test_messages_name_the_config_that_was_wrong(tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b'{"problem": "Q", "answer": "1"}\n{"problem"\n', "line 2 is not JSON"),
-        (b'{"problem": "Q", "answer": "1"}\n["Q", "1"]\n', "line 2 is JSON but a list"),
-        (b'{"problem": "\xff", "answer": "1"}\n', "line 1 is not UTF-8"),
-        (b"[" * 100_000 + b"\n", "line 1 is not JSON"),
-        (b'{"problem": "Q", "answer": ' + b"9" * 5000 + b"}\n", "line 1 is not JSON"),
+        (b'{"problem": "Q", "answer": "1"}\n{"problem"\n', "line 2: not JSON"),
+        (b'{"problem": "Q", "answer": "1"}\n["Q", "1"]\n', "line 2: JSON but a list"),
+        (b'{"problem": "\xff", "answer": "1"}\n', "line 1: not UTF-8"),
+        (b"[" * 100_000 + b"\n", "line 1: not JSON"),
+        (b'{"problem": "Q", "answer": ' + b"9" * 5000 + b"}\n", "line 1: not JSON"),
         (b"", "no question"),
         (b"\n\n", "no question"),
-        (b"PK\x03\x04\x00\x00\xfe", "line 1 is not UTF-8"),
+        (b"PK\x03\x04\x00\x00\xfe", "line 1: not UTF-8"),
     ],
 )
 def test_unreadable_jsonl_is_one_line(tmp_path, content, problem):

@@ -205,6 +205,16 @@ def test_escaped_value_is_one_cell_of_literal_text(value):
     assert html.unescape(text) == "".join(c for c in " ".join(value.split()) if c.isprintable())
 
 
+def test_card_holds_what_a_model_wrote_as_text_alone():
+    wrote = '<script src="//x"></script> ![](x) | <img onerror=alert(1)>'
+    card = model_card(
+        {"settings": {"data": {wrote: wrote}}, "measured": {"sample": wrote, "before": {wrote: wrote}}},
+        {"architectures": [wrote], "dtype": wrote},
+    )
+    assert "&#60;script" in card and not set("<>") & set(card)
+    assert card.count("](") == 1  # the card's own link to the paper
+
+
 def test_ordinary_setting_names_stay_readable():
     assert escape("grpo.prompts_per_update") == "grpo.prompts_per_update"
     assert escape(1e-6) == "1e-06" and escape(True) == "true" and escape(None) == "null"

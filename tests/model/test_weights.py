@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -165,6 +166,24 @@ def test_damaged_json_is_named(folder, name, content):
 def test_missing_weights_are_named(folder):
     (folder / "model.safetensors").unlink()
     assert "weights are missing" in refusal(load_checkpoint, folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pkl", "model.pt"])
+def test_pickled_weights_are_refused_and_never_opened(folder, tmp_path, name):
+    """Reading this file with pickle makes a mark."""
+    marker = tmp_path / "code_was_run"
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    message = refusal(load_checkpoint, folder)
+    assert repr(name) in message and "convert them to model.safetensors" in message
+    assert not marker.exists()
+    pickle.loads((folder / name).read_bytes())
+    assert marker.exists()
 
 
 def test_missing_tensor_is_named(folder):

@@ -184,6 +184,33 @@ def test_what_is_no_plain_number_is_left_to_math_verify(text: str) -> None:
     assert exact_verdict(text, "123") is None
 
 
+@pytest.mark.parametrize(
+    ("content", "correct"),
+    [
+        ("\uff17\uff12", True),
+        ("\u0667\u0662", True),
+        ("7\u200b2", True),
+        ("7\u00b2", False),
+        ("7\x002", False),
+        ("{{{72}}}", True),
+        ("\\neq 72", False),
+        ("< 72", False),
+        ("71 = 72", False),
+        ("72 = 72", True),
+        ("36 \\cdot 2 = 72", True),
+        ("\\left(72\\right)", True),
+    ],
+)
+def test_other_digits_are_read_and_denials_and_false_equations_are_wrong(
+    content: str, correct: bool, grader: Grader
+) -> None:
+    assert grader.grade_many([box(content)], ["72"]) == [Grade(correct, True)]
+
+
+def test_a_bound_is_right_where_the_answer_is_one(grader: Grader) -> None:
+    assert grader.grade_many([box("\\geq 3"), box("\\ge 3")], ["\\geq 3"] * 2) == [Grade(True, True)] * 2
+
+
 def test_integers_of_any_length_are_compared_exactly() -> None:
     digits = "7" * 100_000
     assert exact_verdict(digits, "000" + digits) is True

@@ -143,12 +143,14 @@ def spellings(texts: list[bytes], word: bytes) -> list[tuple[int, ...]]:
     return found
 
 
-def random_strings(texts: list[bytes], triggers: tuple[str, ...], count: int, units: int) -> np.ndarray:
+def random_strings(
+    texts: list[bytes], triggers: tuple[str, ...], count: int, units: int, seed: int = 0
+) -> np.ndarray:
     """Token strings `[count, ...]` of spelled triggers, of what may touch them, and of any token.
 
     A unit that is shorter than others is filled up with a token that has no text.
     """
-    rng, words = np.random.default_rng(0), [word.encode() for word in triggers]
+    rng, words = np.random.default_rng(seed), [word.encode() for word in triggers]
     empty = texts.index(b"")
     spelled = [spellings(texts, before + word) for word in words for before in (b"", b" ", b".")]
     around = [
