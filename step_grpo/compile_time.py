@@ -17,9 +17,9 @@ def _heard() -> list[Span]:
     """When each compilation ran, from the first call on, by whatever part of the program."""
     spans: list[Span] = []
 
-    def hear(event: str, seconds: float, **_: Any) -> None:
+    def hear(event: str, duration_secs: float, **_: Any) -> None:
         if event == COMPILED:
-            spans.append((time.monotonic() - seconds, time.monotonic()))
+            spans.append((time.monotonic() - duration_secs, time.monotonic()))
 
     jax.monitoring.register_event_duration_secs_listener(hear)
     return spans

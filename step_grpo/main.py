@@ -553,11 +553,11 @@ def rollout_figures(
         "lane_use": stats.live_steps / max(stats.lane_steps, 1),
     }
     each = {
-        "accuracy": [s.grade.correct for s in scored],
-        "tokens": [len(c.tokens) for c in completions],
-        "steps": [s.steps for s in scored],
+        "accuracy": np.array([s.grade.correct for s in scored]),
+        "tokens": np.array([len(c.tokens) for c in completions]),
+        "steps": np.array([s.steps for s in scored]),
     }
-    figures |= {f"{n}_error": standard_error(np.reshape(v, reward.shape)) for n, v in each.items()}
+    figures |= {f"{n}_error": standard_error(v.reshape(reward.shape)) for n, v in each.items()}
     figures |= {f"exit_{reason}": reasons[reason] / len(scored) for reason in REASONS}
     return figures | confidence_figures(confidences, machine.policy)
 

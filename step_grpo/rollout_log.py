@@ -90,7 +90,7 @@ def kept_rollouts(
                 "advantage": float(advantage.ravel()[i]),
                 "tokens": len(completion.tokens),
                 "steps": s.steps,
-                "confidences": [float(c) for c in completion.confidences],
+                "confidences": completion.confidences.tolist(),
                 "segments": segments_of(completion, tokenizer, think_end, triggers, placed),
             }
         )
@@ -116,8 +116,8 @@ def segments_of(
     tokens, forced = completion.tokens, completion.forced
     ends = np.flatnonzero(forced | (tokens == think_end))
     end = int(ends[0]) if len(ends) else len(tokens)
-    known = completion.confidences if placed else []
-    probes = [{"kind": "probe", "confidence": float(confidence)} for confidence in known]
+    known: Sequence[float] = completion.confidences.tolist() if placed else []
+    probes = [{"kind": "probe", "confidence": confidence} for confidence in known]
     thought = list(split_triggers(decode(tokenizer, tokens[:end]), triggers))
     pieces = [*with_probes(thought, probes), {"kind": "exit", "reason": completion.reason}]
     for is_forced, group in groupby(range(end, len(tokens)), key=lambda i: bool(forced[i])):

@@ -63,7 +63,7 @@ def test_metrics_hold_one_line_a_step(finished_run):
 
 def test_result_has_the_documented_fields(finished_run):
     result = finished_run.result
-    assert set(result) == {"before", "after", "exits", "seconds", "seed"}
+    assert set(result) == {"before", "after", "exits", "seconds", "evaluation_seconds", "seed"}
     for name in ("before", "after"):
         assert set(result[name]) >= EVALUATION
         assert result[name]["questions"] == 16
@@ -91,6 +91,7 @@ def test_exits_are_shares_of_the_training_completions(finished_run):
 def test_every_printed_path_exists(finished_run):
     text = finished_run.printed.replace("\n", " ")
     for name, path in {
+        "report": finished_run.workdir / "report.html",
         "metrics": finished_run.workdir / "metrics.jsonl",
         "result": finished_run.workdir / "result.json",
         "checkpoint": finished_run.workdir / "checkpoints" / "000002",

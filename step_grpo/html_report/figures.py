@@ -1,6 +1,6 @@
 """The figures of the page: each a picture, its legend, and a table of the same numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from step_grpo.html_report.read import Row, RunFiles
 from step_grpo.rollout.phases import REASONS
 from step_grpo.statistics import wilson_interval
 
+Show = Callable[[float], str]
 Z = 1.959964  # standard errors on either side of a mean in its 95 % interval
 BINS = 10  # of the reliability diagram
 STAGES = {
@@ -129,7 +130,9 @@ def steps_of(metrics: Sequence[Row]) -> list[float]:
 # ---------------------------------------------------------------------- over the steps
 
 
-def stepwise(key: str, title: str, note: str, picture: Markup, xs: Sequence[float], series: Sequence[Series]):
+def stepwise(
+    key: str, title: str, note: str, picture: Markup, xs: Sequence[float], series: Sequence[Series]
+) -> Figure:
     """The figure of some series over the steps, with their numbers and intervals as a table."""
     heads, columns = ["step"], [[number(x) for x in xs]]
     for s in series:
@@ -371,7 +374,7 @@ def evaluation_rows(run: RunFiles, compared: Mapping[str, Any] | None) -> Table:
     names = list(run.evaluations)
     figures = [run.evaluations[name] for name in names]
     rows = [
-        ["accuracy", *(with_ends(f, "accuracy", percent) for f in figures)],
+        ["accuracy", *(with_ends(f, "accuracy", lambda v: f"{100 * v:.1f}", " %") for f in figures)],
         ["tokens, mean", *(with_ends(f, "tokens", "{:.1f}".format) for f in figures)],
         ["tokens, median", *(f"{f['tokens_median']:g}" for f in figures)],
         ["steps, mean", *(with_ends(f, "steps", "{:.2f}".format) for f in figures)],
@@ -383,20 +386,19 @@ def evaluation_rows(run: RunFiles, compared: Mapping[str, Any] | None) -> Table:
         return Table(["", *names], rows)
     changes = {
         "accuracy": difference(compared["accuracy"], lambda v: f"{100 * v:+.1f}", " points"),
-        "tokens, mean": difference(compared["tokens_relative"], lambda v: f"{100 * v:+.1f} %"),
+        "tokens, mean": difference(compared["tokens_relative"], lambda v: f"{100 * v:+.1f}", " %"),
         "steps, mean": difference(compared["steps"], lambda v: f"{v:+.2f}"),
     }
     return Table(["", *names, "change"], [[*row, changes.get(row[0], "")] for row in rows])
 
 
-def with_ends(figures: Row, name: str, show: Any) -> str:
+def with_ends(figures: Row, name: str, show: Show, unit: str = "") -> str:
     """A mean and its 95 % interval."""
-    if f"{name}_low" not in figures:
-        return show(figures[name])
-    return f"{show(figures[name])} ({show(figures[f'{name}_low'])} to {show(figures[f'{name}_high'])})"
+    ends = f"{show(figures[f'{name}_low'])} to {show(figures[f'{name}_high'])}"
+    return f"{show(figures[name])}{unit} ({ends})"
 
 
-def difference(found: Mapping[str, float], show: Any, unit: str = "") -> str:
+def difference(found: Mapping[str, float], show: Show, unit: str = "") -> str:
     """A difference with its 95 % interval and p-value."""
     ends = f"{show(found['low'])} to {show(found['high'])}"
     return f"{show(found['mean'])}{unit} ({ends}; p = {found['p_value']:.2g})"
