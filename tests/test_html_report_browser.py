@@ -139,11 +139,11 @@ def test_lists_are_read_by_keyboard_alone(opened):
             break
     assert {"reason", "correct", "text", "pick-rollouts"} <= reached
     opened.keyboard.press("ArrowDown")
-    assert "exit: natural" in detail(opened, "rollouts").inner_text()
+    assert "natural: the model closed" in detail(opened, "rollouts").inner_text()
     for key in ("Tab", "Tab", "Enter"):  # previous, next
         opened.keyboard.press(key)
     assert "wrong" in detail(opened, "rollouts").inner_text()
-    assert "exit: early_exit" in detail(opened, "rollouts").inner_text()
+    assert "early exit: a probe passed" in detail(opened, "rollouts").inner_text()
 
 
 def test_pointer_tells_the_figures_of_the_step_below_it(opened):

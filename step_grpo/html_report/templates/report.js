@@ -43,15 +43,19 @@ function verdict(correct) {
   return element("span", correct ? "right" : "wrong", correct ? "right" : "wrong");
 }
 
+function counted(number, what) {
+  return number + " " + what + (number === 1 ? "" : "s");
+}
+
 function factsOf(completion, more) {
   const facts = element("p");
-  const rest = [completion.tokens + " tokens", completion.steps + " steps", ...more];
+  const rest = [counted(completion.tokens, "token"), counted(completion.steps, "step"), ...more];
   facts.append(verdict(completion.correct), " · " + rest.join(" · "));
   return facts;
 }
 
 function rolloutDetail(rollout) {
-  const more = ["exit: " + (texts.reasons[rollout.reason] || rollout.reason),
+  const more = [texts.reasons[rollout.reason] || rollout.reason,
     "reward " + rollout.reward.toFixed(3), "advantage " + rollout.advantage.toFixed(3)];
   const placed = rollout.segments.some((segment) => segment.kind === "probe");
   if (!placed && rollout.confidences.length)
