@@ -202,11 +202,13 @@ def strings(value):
 def test_what_others_wrote_adds_no_markup(tmp_path, page):
     """Every text is hostile: the page has the same elements and attributes as with tame ones."""
     (tmp_path / HOSTILE.replace("/", "")[:40]).mkdir()
-    hostile = page_of(write_workdir(tmp_path / HOSTILE.replace("/", "")[:40], hostile=HOSTILE))
+    folder = write_workdir(tmp_path / HOSTILE.replace("/", "")[:40], hostile=HOSTILE)
+    hostile = page_of(folder)
     assert {tag for tag, *_ in hostile.attributes} == {tag for tag, *_ in page.attributes}
     assert {name for _, name, _ in hostile.attributes} == {name for _, name, _ in page.attributes}
     assert len(hostile.scripts) == 2
     assert sum(HOSTILE in said for said in strings(hostile.texts())) == 3  # and none of it is lost
+    assert "+50.0 points" in (folder / "report.html").read_text(encoding="utf-8")  # nor are the evaluations
 
 
 def test_page_loads_nothing_and_lets_only_its_own_script_run(page):
