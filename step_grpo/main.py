@@ -25,6 +25,7 @@ from rich.console import Console
 import step_grpo
 from step_grpo import checkpoint, cli, distributed, functions, sinks
 from step_grpo.card import card_of
+from step_grpo.compile_time import compile_seconds
 from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, encode_prompts
 from step_grpo.data.sources import load_questions, take
@@ -44,6 +45,7 @@ from step_grpo.grpo.packing import Sample, pack, stack
 from step_grpo.grpo.settings import GrpoSettings
 from step_grpo.grpo.update import Measurements, TrainBatch, TrainState, Update, adamw, make_update
 from step_grpo.guards import SkippedUpdates, averaged, warn
+from step_grpo.html_report.page import write_report
 from step_grpo.mesh import mesh_of, place_rows, row_shares, shardings, share_of
 from step_grpo.metrics import MetricsWriter, read_metrics
 from step_grpo.model import lora, qwen
@@ -56,6 +58,7 @@ from step_grpo.reward.grading import Grader
 from step_grpo.rollout.engine import RolloutEngine, RolloutStats, build_engine
 from step_grpo.rollout.phases import REASONS, Machine
 from step_grpo.rollout.policies import Policy
+from step_grpo.rollout_log import RolloutLog, kept_rollouts
 from step_grpo.scoring import Scored, exchange, score_completions
 from step_grpo.workdir import locked, once
 
@@ -99,21 +102,8 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
     own.rehearse([prompt.question for prompt in questions[:2]], config.rollout.samples)
 
     # ------------------------------------------------------------------ rollout, grading, evaluation
-    rollout = build_engine(
-        described,
-        config.rollout,
-        sampling,
-        config.model.dtype,
-        truncate=config.rollout.exit != "none",
-        temperature=config.rollout.temperature,
-        top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p,
-        min_p=config.rollout.min_p,
-        max_response=config.rollout.max_response_tokens,
-        attention=choose_attention(config.model.attention, sampling),
-    )
-    plain = evaluation_engine(described, config, sampling)
-    rollout, plain = notice.watched(rollout), notice.watched(plain)
+    rollout = notice.watched(training_engine(described, config, sampling))
+    plain = notice.watched(evaluation_engine(described, config, sampling))
     run_key = jax.random.fold_in(jax.random.key(config.seed), TRAINING_STREAM)
 
     with (
@@ -124,6 +114,7 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
     ):
         progress, state = checkpoint.restore(workdir, state, described, config)
 
+        @Timed
         def measure(params: qwen.Params, name: str) -> dict[str, Any]:
             ready = decode_ready(params, described.config, config.model.dtype, mesh)
             scored, _ = evaluate(described, plain, ready, held_out, config, grader, f"evaluation {name}")
@@ -142,6 +133,7 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
         # -------------------------------------------------------------- loop
         with (
             MetricsWriter(distributed.only_first(workdir / "metrics.jsonl"), progress.step) as lines,
+            RolloutLog(distributed.only_first(workdir / "rollouts.jsonl"), progress.step) as rollouts,
             sinks.opened(workdir, config, lines) as metrics,
             progress_bar("training", config.steps, progress.step) as bar,
         ):
@@ -175,6 +167,7 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
                     **own_figures,
                 }
                 metrics.write(step + 1, figures)
+                rollouts.write(step + 1, kept_rollouts(scored, reward, described.tokenizer, config))
                 warn(step + 1, figures, lines.first("tokens"), config.warn)
                 skipped.stop_if_too_many()
                 bar.update(step + 1, **live_figures(figures))
@@ -188,6 +181,7 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
         "after": after,
         "exits": mean_exits(read_metrics(workdir / "metrics.jsonl")) if distributed.is_first() else {},
         "seconds": time.monotonic() - started,
+        "evaluation_seconds": measure.seconds,
         "seed": config.seed,
     }
     finish(workdir, result, described, whole(state.params, frozen.base), config)
@@ -211,11 +205,14 @@ def finish(
         card=card_of(config.to_dict(), result, read_metrics(workdir / "metrics.jsonl")),
         dtype=config.export_dtype,
     )
+    if distributed.is_first():
+        write_report(workdir)
     Console().print(evaluation_table(evaluations, result["exits"]))
     print(f"metrics: {workdir / 'metrics.jsonl'}")
     print(f"result: {workdir / 'result.json'}")
     print(f"checkpoint: {checkpoint.saved_steps(workdir)[-1]}")
     print(f"export: {exported}")
+    print(f"report: {workdir / 'report.html'}")
 
 
 # ---------------------------------------------------------------------- questions
@@ -273,6 +270,24 @@ def take_prompts(
 
 
 # ---------------------------------------------------------------------- rollout
+
+
+def training_engine(described: Description, config: ConfigDict, mesh: Mesh) -> RolloutEngine:
+    """Sampling with the settings of `config.rollout`, cut short as `config.rollout.exit` says."""
+    rollout = config.rollout
+    return build_engine(
+        described,
+        rollout,
+        mesh,
+        config.model.dtype,
+        truncate=rollout.exit != "none",
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        max_response=rollout.max_response_tokens,
+        attention=choose_attention(config.model.attention, mesh),
+    )
 
 
 class Sampled(NamedTuple):
@@ -536,6 +551,7 @@ def rollout_figures(
         "reward": float(reward.mean()),
         "reward_std": float(reward.std()),
         "equal_groups": float(np.mean(np.ptp(reward, axis=1) == 0)),
+        "reward_error": standard_error(reward),
         "accuracy": float(np.mean([s.grade.correct for s in scored])),
         "formatted": float(np.mean([s.grade.formatted for s in scored])),
         "grading_failures": float(sum(s.grade.error is not None for s in scored)),
@@ -550,8 +566,23 @@ def rollout_figures(
         "decode_seconds": stats.decode_seconds,
         "lane_use": stats.live_steps / max(stats.lane_steps, 1),
     }
+    each = {
+        "accuracy": np.array([s.grade.correct for s in scored]),
+        "tokens": np.array([len(c.tokens) for c in completions]),
+        "steps": np.array([s.steps for s in scored]),
+    }
+    figures |= {f"{n}_error": standard_error(v.reshape(reward.shape)) for n, v in each.items()}
     figures |= {f"exit_{reason}": reasons[reason] / len(scored) for reason in REASONS}
     return figures | confidence_figures(confidences, machine.policy)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """The standard error of the mean of values `[prompts, samples]`; of a single prompt there is none: NaN.
+
+    Prompts are drawn, and completions of one prompt resemble each other, so it is that of the prompts' means.
+    """
+    means = values.mean(axis=1)
+    return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
 
 
 def sampling_figures(
@@ -588,8 +619,22 @@ def mean_exits(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {reason: share for reason, share in shares.items() if share}
 
 
+class Timed:
+    """An evaluation that notes in `seconds`, by its name, how long it took."""
+
+    def __init__(self, measure: Callable[[qwen.Params, str], dict[str, Any]]):
+        self._measure, self.seconds = measure, dict[str, float]()
+
+    def __call__(self, params: qwen.Params, name: str) -> dict[str, Any]:
+        """What the evaluation returns."""
+        began = time.monotonic()
+        found = self._measure(params, name)
+        self.seconds[name] = time.monotonic() - began
+        return found
+
+
 class Stopwatch:
-    """Seconds of the stages of a step.
+    """Seconds of the stages of a step, and `compile_seconds`, which are part of them.
 
     Attributes:
         show: is told each stage as it begins, and may be told how far it is.
@@ -598,14 +643,17 @@ class Stopwatch:
 
     def __init__(self, show: Callable[..., None] = lambda *_: None):
         self.show = show
-        self.laps: dict[str, float] = {}
-        self._since = time.monotonic()
+        self.laps: dict[str, float] = {"compile_seconds": 0.0}
+        self._since, self._compiled = time.monotonic(), compile_seconds()
 
     def lap(self, name: str, following: str = "") -> None:
         """Ends a stage, `following` begins; the times of a stage that comes again add up."""
         self.show(following)
         now = time.monotonic()
         self.laps[name], self._since = self.laps.get(name, 0.0) + now - self._since, now
+        compiled = compile_seconds()
+        self.laps["compile_seconds"] += compiled - self._compiled
+        self._compiled = compiled
 
 
 if __name__ == "__main__":

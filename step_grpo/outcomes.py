@@ -81,7 +81,8 @@ def read_recorded(path: Path) -> Recorded:
         UserError: no such file, not one of ours, or questions with different numbers of completions.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not `splitlines`, which also splits at line ends of Unicode that a completion may hold.
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
         groups: dict[Question, list[Mapping[str, Any]]] = {}
         for row in rows:
             groups.setdefault((row["id"], row["prompt"]), []).append(row)

@@ -33,6 +33,7 @@ ONE_STEP = {
     "eval": {"questions": 4},
 }
 CLOCKS = (
+    "compile_seconds",
     "generated_per_second",
     "prefill_seconds",
     "decode_seconds",

@@ -133,6 +133,7 @@ WRONG = {
     "keep_checkpoints": 0,
     "keep_every": -1,
     **{f"warn.{bound}": -0.5 for bound in ("kl", "sampler_gap", "length", "truncated")},
+    "log.rollouts": -1,
     "export_dtype": "int8",
     "model.dtype": "float64",
     "model.attention": "flash",

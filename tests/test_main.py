@@ -27,6 +27,7 @@ from step_grpo.main import (
     reward_groups,
     sample_groups,
     sampling_figures,
+    standard_error,
     take_prompts,
     trained_groups,
     training_samples,
@@ -63,7 +64,7 @@ def test_metrics_hold_one_line_a_step(finished_run):
 
 def test_result_has_the_documented_fields(finished_run):
     result = finished_run.result
-    assert set(result) == {"before", "after", "exits", "seconds", "seed"}
+    assert set(result) == {"before", "after", "exits", "seconds", "evaluation_seconds", "seed"}
     for name in ("before", "after"):
         assert set(result[name]) >= EVALUATION
         assert result[name]["questions"] == 16
@@ -91,6 +92,7 @@ def test_exits_are_shares_of_the_training_completions(finished_run):
 def test_every_printed_path_exists(finished_run):
     text = finished_run.printed.replace("\n", " ")
     for name, path in {
+        "report": finished_run.workdir / "report.html",
         "metrics": finished_run.workdir / "metrics.jsonl",
         "result": finished_run.workdir / "result.json",
         "checkpoint": finished_run.workdir / "checkpoints" / "000002",
@@ -540,6 +542,15 @@ def test_times_of_a_stage_that_comes_again_add_up():
     assert 15 <= clock.laps["a"] < 16
 
 
+def test_standard_error_is_that_of_the_prompts_means():
+    """Completions of one prompt that are all alike say no more than one of them."""
+    rng = np.random.default_rng(0)
+    once = rng.normal(size=(50, 1))
+    assert standard_error(np.repeat(once, 8, axis=1)) == pytest.approx(standard_error(once))
+    assert standard_error(once) == pytest.approx(np.sqrt(np.var(once, ddof=1) / 50))
+    assert np.isnan(standard_error(np.ones((1, 4))))
+
+
 def test_answer_that_could_not_be_graded_counts_as_wrong():
     config = short_config({"rollout": {"samples": 2}, "reward": {"name": "accuracy"}})
     rows = [scored(), scored(correct=False, formatted=False, error="deadline")]
@@ -566,6 +577,7 @@ def test_confidence_figures_are_percentiles():
 def test_what_alters_no_result_may_change_when_a_run_goes_on():
     saved = short_config().to_dict()
     freed = short_config(
-        {"steps": 9, "rollout": {"lanes": 2}, "reward": {"grading_workers": 1}, "keep_checkpoints": 7}
+        {"steps": 9, "rollout": {"lanes": 2}, "reward": {"grading_workers": 1}, "keep_checkpoints": 7},
+        {"log": {"rollouts": 0}},
     )
     checkpoint.check_same_run(saved, freed.to_dict(), Path("a run"))
