@@ -29,7 +29,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from step_grpo import paths
+from step_grpo import distributed, paths
 from step_grpo.errors import UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a full or read-only disk
@@ -39,7 +39,8 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
     """Calls `main` with what the command line says.
 
-    Exits with 2 after a user's mistake, with 130 after Ctrl-C, each told in one line on stderr.
+    Exits with 2 after a user's mistake, with 130 after Ctrl-C, each told in one line on stderr. One of
+    several processes exits with 1 where anything else goes wrong (`distributed.fail`).
     """
     argv = sys.argv if argv is None else argv
     if {"--help", "-h", "-help"} & set(argv[1:]):
@@ -62,6 +63,9 @@ def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("step_grpo: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        distributed.fail(error)
+        raise
 
 
 def parse(main: Callable[..., None], argv: Sequence[str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from rich.console import Console
 import step_grpo
 from step_grpo import checkpoint, cli, distributed
 from step_grpo.config import validate
-from step_grpo.data.prompts import EncodedPrompt, encode_prompts
+from step_grpo.data.prompts import EncodedPrompt, checksum, encode_prompts
 from step_grpo.data.sources import load_questions, take
 from step_grpo.errors import UserError
 from step_grpo.evaluate import (
@@ -48,11 +48,12 @@ from step_grpo.metrics import MetricsWriter, read_metrics
 from step_grpo.model import lora, qwen
 from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description, load_model, save_description
-from step_grpo.preemption import Notice, StoppedError
+from step_grpo.partial_rollout import PartialRollout, kept_rollout
+from step_grpo.preemption import Notice, StoppedError, Watched
 from step_grpo.report import evaluation_table, progress_bar
 from step_grpo.reward import rewards
 from step_grpo.reward.grading import Grader
-from step_grpo.rollout.engine import RolloutEngine, RolloutStats, build_engine
+from step_grpo.rollout.engine import RolloutStats, build_engine
 from step_grpo.rollout.phases import REASONS, Machine
 from step_grpo.rollout.policies import Policy
 from step_grpo.scoring import Scored, exchange, score_completions
@@ -109,7 +110,6 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
         attention=choose_attention(config.model.attention, sampling),
     )
     plain = evaluation_engine(described, config, sampling)
-    rollout, plain = notice.watched(rollout), notice.watched(plain)
     run_key = jax.random.fold_in(jax.random.key(config.seed), TRAINING_STREAM)
 
     with (
@@ -118,16 +118,18 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
         notice,
         checkpoint.Saver(workdir, described, config) as saver,
     ):
-        progress, state = checkpoint.restore(workdir, state, described, config)
+        progress, state = go_on(workdir, state, described, config)
 
         def measure(params: qwen.Params, name: str) -> dict[str, Any]:
             ready = decode_ready(params, described.config, config.model.dtype, mesh)
-            scored, _ = evaluate(described, plain, ready, held_out, config, grader, f"evaluation {name}")
+            scored, _ = evaluate(
+                described, notice.watched(plain), ready, held_out, config, grader, f"evaluation {name}"
+            )
             where = distributed.only_first(workdir / f"completions_{name}.jsonl")
             write_completions(where, scored, described.eos_ids)
             return summarise(scored, described.eos_ids)
 
-        roll_out = Rounds(rollout, described.tokenizer, questions, grader, config)
+        roll_out = Rounds(notice.watched(rollout), described.tokenizer, questions, grader, config)
         before = once(
             workdir / "evaluation_before.json",
             {"config": checkpoint.bound_fields(config), "version": step_grpo.__version__},
@@ -147,10 +149,11 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
                     whole(state.params, frozen.base), described.config, config.model.dtype, mesh
                 )
                 key = jax.random.fold_in(run_key, step)
-                scored, stats, cursor = sample_groups(
-                    partial(roll_out, ready, clock), progress.cursor, key, config
-                )
-                del ready  # the update needs the room
+                with kept_rollout(workdir, step + 1, ready, key, questions, config) as kept:
+                    scored, stats, cursor = sample_groups(
+                        partial(roll_out, ready, clock, kept), progress.cursor, key, config
+                    )
+                del ready, kept  # the update needs the room
                 reward = reward_groups(scored, config)
                 samples = training_samples(scored, advantages(config.grpo.advantage, reward), config)
                 samples = trained_groups(samples, scored, config)
@@ -180,6 +183,15 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
         "seed": config.seed,
     }
     finish(workdir, result, described, whole(state.params, frozen.base), config)
+
+
+def go_on(
+    workdir: Path, state: TrainState, described: Description, config: ConfigDict
+) -> tuple[checkpoint.Progress, TrainState]:
+    """`checkpoint.restore`; the result of an earlier run goes, for only what has come to its end has one."""
+    if distributed.is_first():
+        (workdir / "result.json").unlink(missing_ok=True)
+    return checkpoint.restore(workdir, state, described, config)
 
 
 def finish(
@@ -213,10 +225,17 @@ def finish(
 def load_prompts(
     described: Description, config: ConfigDict
 ) -> tuple[Sequence[EncodedPrompt], Sequence[EncodedPrompt]]:
-    """The prompts to train on, and those to evaluate on; no question is among both."""
+    """The prompts to train on, and those to evaluate on.
+
+    Raises:
+        UserError: a question is among both, or another process has other questions.
+    """
     questions = training_questions(described.tokenizer, config)
     held_out = evaluation_prompts(described, config)
     assert_disjoint(questions, held_out)
+    vocabulary = {"config.model.tokenizer": checkpoint.vocabulary_of(described.tokenizer)}
+    data = {"config.data": checksum(questions), "config.eval.data": checksum(held_out)}
+    distributed.agree_on(vocabulary | data)
     return questions, held_out
 
 
@@ -276,18 +295,36 @@ class Sampled(NamedTuple):
 class Rounds:
     """Makes and grades the completions of the next `prompts_per_step` prompts."""
 
-    rollout: RolloutEngine
+    rollout: Watched
     tokenizer: Any
     questions: Sequence[EncodedPrompt]
     grader: Grader
     config: ConfigDict
 
-    def __call__(self, ready: qwen.Params, clock: "Stopwatch", cursor: int, key: jax.Array) -> Sampled:
-        """The same in every process, each of which makes its share; `ready` is of `decode_ready`."""
+    def __call__(
+        self, ready: qwen.Params, clock: "Stopwatch", kept: PartialRollout, cursor: int, key: jax.Array
+    ) -> Sampled:
+        """The same in every process, each of which makes its share.
+
+        Args:
+            ready: of `decode_ready`.
+            clock: of the step.
+            kept: what an interrupted run has made of it, and what this one makes.
+            cursor: before the round.
+            key: of the round.
+        """
         batch, cursor = take_prompts(self.questions, cursor, self.config)
         mine = distributed.share(batch, "config.prompts_per_step")
         ids, samples = [prompt.ids for prompt in mine], self.config.rollout.samples
-        completions, stats = self.rollout(ready, ids, samples, key)
+        completions, stats = self.rollout(
+            ready,
+            ids,
+            samples,
+            key,
+            known=kept.of_round(cursor),
+            on_finished=partial(kept.add, cursor),
+            on_drop=kept.write,
+        )
         clock.lap("rollout_seconds")
         triggers = tuple(self.config.rollout.triggers)
         scored = score_completions(self.tokenizer, mine, completions, self.grader, triggers)
@@ -532,7 +569,7 @@ def rollout_figures(
         "forced_tokens": float(sum(c.forced.sum() for c in completions)) / len(scored),
         "probes": len(confidences) / len(scored),
         "probe_tokens": sum(c.probe_tokens for c in completions) / len(scored),
-        "generated_per_second": tokens / stats.seconds,
+        "generated_per_second": (tokens - stats.known_tokens) / stats.seconds,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
         "lane_use": stats.live_steps / max(stats.lane_steps, 1),

@@ -52,7 +52,7 @@ POINTS = {
 }
 
 
-def arm(at: str, call: int, delay: float, signal: int) -> None:
+def arm(at: str, call: int, delay: float, signal: int, now: bool = False) -> None:
     """Replaces a function by one that starts the clock at its n-th call."""
     names = at.split(".")
     owner = run
@@ -73,7 +73,9 @@ def arm(at: str, call: int, delay: float, signal: int) -> None:
     @wraps(real)
     def counted(*arguments, **named):
         calls.append(1)
-        if len(calls) == call:
+        if len(calls) == call and now:
+            strike()
+        elif len(calls) == call:
             threading.Thread(target=strike, daemon=True).start()
         return real(*arguments, **named)
 
