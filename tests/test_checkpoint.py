@@ -179,7 +179,7 @@ def test_save_on_a_disk_that_is_full_goes_on_from_the_one_before(saved, describe
     with file_system(tmp_path / "disk", "size=16m"):
         workdir = shutil.copytree(saved, tmp_path / "disk" / "run")
         free = os.statvfs(workdir)
-        (tmp_path / "disk" / "other").write_bytes(bytes(free.f_bavail * free.f_bsize - 300_000))
+        (tmp_path / "disk" / "other").write_bytes(bytes(free.f_bavail * free.f_bsize - 100_000))
         saver = Saver(workdir, described, CONFIG)
         with pytest.raises(UserError, match=r"000003 cannot be written.*goes on from .*000002"):
             saver.save(Progress(3, 12, 2), state_of(3))
