@@ -29,7 +29,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from step_grpo import distributed, paths
+from step_grpo import paths
 from step_grpo.errors import UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a full or read-only disk
@@ -64,6 +64,8 @@ def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
         print("step_grpo: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        from step_grpo import distributed  # noqa: PLC0415 (some commands do without JAX)
+
         distributed.fail(error)
         raise
 
