@@ -44,7 +44,8 @@ from step_grpo.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 KINDS = ("kill", "stop", "disk", "grader", "truncate")
 CODES = {"kill": (-9, 0), "truncate": (-9, 0), "stop": (0,), "disk": (0, 2), "grader": (0,)}
-CLOCKS = ("_seconds", "_per_second")  # ends of the names of figures that no two runs have in common
+# Ends of the names of figures that no two runs have in common: clocks, and how lanes were used.
+CLOCKS = ("_seconds", "_per_second", "lane_use")
 FORGED = ['{"question": null, "answer": "3"}', '{"question": 7}', '{"question": "  ", "answer": "1"}']
 SMALL = {
     "save_every": 1,

@@ -40,7 +40,8 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
     """Calls `main` with what the command line says.
 
-    Exits with 2 after a user's mistake, with 130 after Ctrl-C, each told in one line on stderr.
+    Exits with 2 after a user's mistake, with 130 after Ctrl-C, each told in one line on stderr. One of
+    several processes exits with 1 where anything else goes wrong (`distributed.fail`).
     """
     argv = sys.argv if argv is None else argv
     if {"--help", "-h", "-help"} & set(argv[1:]):
@@ -63,6 +64,11 @@ def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("step_grpo: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        from step_grpo import distributed  # noqa: PLC0415 (some commands do without JAX)
+
+        distributed.fail(error)
+        raise
 
 
 def parse(main: Callable[..., None], argv: Sequence[str]) -> dict[str, Any]:

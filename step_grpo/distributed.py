@@ -12,9 +12,11 @@ import re
 import secrets
 import sys
 import time
+import traceback
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,9 +32,12 @@ from step_grpo.errors import UserError
 from step_grpo.mesh import use_all_cores
 
 COORDINATOR, PROCESSES, PROCESS = "STEP_GRPO_COORDINATOR", "STEP_GRPO_PROCESSES", "STEP_GRPO_PROCESS"
+HEARTBEAT = "STEP_GRPO_HEARTBEAT"
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 CHUNK = 2**20  # bytes of a process that pass the devices at a time; one size, so one program
 HEADER = 16  # bytes: the process and the length of what it sends
+SILENT_FOR = 60  # seconds without a sign of life, after which a process counts as dead
+LOST = re.compile(r"Gloo|coordination service|distributed service|heartbeat|[Bb]arrier|UNAVAILABLE")
 SEEN_WITHIN = 10.0  # seconds for a new file to be seen by all hosts
 T = TypeVar("T")
 
@@ -68,17 +73,22 @@ def join() -> None:
     `STEP_GRPO_PROCESSES`, how many there are, and `STEP_GRPO_PROCESS`, which one this is, from 0. Without
     them JAX finds out by itself on TPU VMs, GKE (TPU) and SLURM. With one process nothing is done.
 
+    Where a process dies, JAX ends the others: at once if it was the first one, else when it has been silent
+    for `STEP_GRPO_HEARTBEAT` seconds (60).
+
     Raises:
         UserError: the addresses are wrong, or the others do not come.
     """
     if jax.distributed.is_initialized():
         return
     given = given_addresses(os.environ)
+    silent_for = _number(os.environ, HEARTBEAT, 1) if HEARTBEAT in os.environ else SILENT_FOR
+    initialize = partial(jax.distributed.initialize, heartbeat_timeout_seconds=silent_for)
     try:
         if given is None:
-            _start_cluster()
+            _start_cluster(initialize)
         elif given[1] > 1:
-            jax.distributed.initialize(*given, cluster_detection_method="deactivate")
+            initialize(*given, cluster_detection_method="deactivate")
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes of the run did not find each other ({error}); run the same line on every host, "
@@ -86,12 +96,12 @@ def join() -> None:
         ) from None
 
 
-def _start_cluster() -> None:
+def _start_cluster(initialize: Callable[[], None]) -> None:
     platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]  # JAX adds `tpu` if it finds one
     on_tpu = "tpu" in platforms.split(",")
     if cluster_size(os.environ, metadata, on_tpu=on_tpu) == 1:
         return
-    jax.distributed.initialize()
+    initialize()
     if os.environ.get("SLURM_NTASKS") == os.environ.get("SLURM_STEP_NUM_NODES"):
         # JAX gives a task of SLURM one GPU; a task that has the node for itself takes all of them.
         jax.config.update("jax_cuda_visible_devices", "all")
@@ -151,14 +161,53 @@ def cluster_size(environ: Mapping[str, str], read_metadata: Callable[[str], str]
 
 def metadata(name: str) -> str:
     """An attribute of a Google Cloud VM, empty where there is none."""
+    return _ask_host(f"attributes/{name}")
+
+
+def host_is_taken_away() -> str:
+    """Why Google Cloud is about to end this machine, as its metadata say; empty while it does not."""
+    if (event := _ask_host("maintenance-event")).startswith("TERMINATE"):
+        return event
+    return "preempted" if _ask_host("preempted") == "TRUE" else ""
+
+
+def _ask_host(name: str) -> str:
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
-    url = f"http://{server}/computeMetadata/v1/instance/attributes/{name}"
+    url = f"http://{server}/computeMetadata/v1/instance/{name}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.read().decode()
     except OSError:  # not there, or not on Google Cloud
         return ""
+
+
+# ---------------------------------------------------------------------- the end of one of them
+
+
+def fail(error: Exception) -> None:
+    """Ends one of several processes with exit code 1, whose run cannot go on; returns where it is alone.
+
+    At once: JAX would wait for minutes at the end of a process until the others end too, while they wait for
+    this one.
+
+    Args:
+        error: what ended the run; where it says that another process is gone, one line takes its place.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    if LOST.search(str(error)):
+        why = " ".join(str(error).split())[:200]
+        print(
+            f"step_grpo: error: another process of the run is gone ({why}); see what it printed, then start "
+            "all of them again: they go on from the newest checkpoint",
+            file=sys.stderr,
+        )
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 # ---------------------------------------------------------------------- who does what
@@ -213,9 +262,23 @@ def agree(config: ConfigDict, **flags: Any) -> None:
     facts = {f"config.{jax.tree_util.keystr(path, simple=True, separator='.')}": v for path, v in fields}
     facts |= {f"--{name}": value for name, value in flags.items()}
     facts |= {"the version of step_grpo": step_grpo.__version__, "the version of JAX": jax.__version__}
+    agree_on(facts)
+    _enough(config.get("prompts_per_step", jax.process_count()), "config.prompts_per_step")
+
+
+def agree_on(facts: Mapping[str, Any]) -> None:
+    """Makes sure that something is the same in all processes; all must ask.
+
+    Args:
+        facts: by what a user knows them.
+
+    Raises:
+        UserError: naming the first that differs.
+    """
+    if jax.process_count() == 1:
+        return
     written = json.dumps({name: str(value) for name, value in facts.items()})
     check_equal([json.loads(bytes(said["facts"])) for said in gather({"facts": as_bytes(written)})])
-    _enough(config.get("prompts_per_step", jax.process_count()), "config.prompts_per_step")
 
 
 def check_equal(facts: Sequence[Mapping[str, str]]) -> None:

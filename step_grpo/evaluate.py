@@ -26,7 +26,7 @@ from step_grpo import cli, distributed, outcomes, paths, statistics
 from step_grpo.checkpoint import open_model
 from step_grpo.config import validate
 from step_grpo.data.benchmarks import BENCHMARKS, benchmark_data, chosen
-from step_grpo.data.prompts import EncodedPrompt, Prompts, encode_prompts
+from step_grpo.data.prompts import EncodedPrompt, Prompts, checksum, encode_prompts
 from step_grpo.data.sources import load_questions
 from step_grpo.errors import UserError
 from step_grpo.mesh import mesh_of, seen_from, shardings, share_of
@@ -35,6 +35,7 @@ from step_grpo.model.attention import choose_attention
 from step_grpo.model.linear import axes_of
 from step_grpo.model.load import Description, load_model
 from step_grpo.outcomes import Recorded, outcomes_of
+from step_grpo.preemption import Watched
 from step_grpo.report import evaluation_table, progress_bar, results_latex, results_markdown
 from step_grpo.reward.grading import Grader
 from step_grpo.rollout.engine import RolloutEngine, RolloutStats, build_engine
@@ -60,6 +61,7 @@ def main(
     mesh = mesh_of(config.mesh, config.rollout.lanes)
     described, weights = model_of(config, checkpoint, mesh)
     tasks = benchmark_tasks(described, config, names, data_dir) or [Task("", *_held_out(described, config))]
+    distributed.agree_on({f"data {task.name}".strip(): checksum(task.prompts) for task in tasks})
     engine = evaluation_engine(described, config, share_of(mesh, jax.process_index()))
     params = decode_ready(weights, described.config, config.model.dtype, mesh)
     # Now, for the largest one: lanes that were counted for a small one would be too few.
@@ -220,7 +222,7 @@ def decode_shardings(params: qwen.Params, cfg: qwen.QwenConfig, dtype: str, mesh
 
 def evaluate(
     described: Description,
-    engine: RolloutEngine,
+    engine: RolloutEngine | Watched,
     params: qwen.Params,
     prompts: Sequence[EncodedPrompt],
     config: ConfigDict,

@@ -27,7 +27,7 @@ from step_grpo import checkpoint, cli, distributed, functions, sinks
 from step_grpo.card import card_of
 from step_grpo.compile_time import compile_seconds
 from step_grpo.config import validate
-from step_grpo.data.prompts import EncodedPrompt, encode_prompts
+from step_grpo.data.prompts import EncodedPrompt, checksum, encode_prompts
 from step_grpo.data.sources import load_questions, take
 from step_grpo.errors import UserError
 from step_grpo.evaluate import (
@@ -51,7 +51,8 @@ from step_grpo.metrics import MetricsWriter, read_metrics
 from step_grpo.model import lora, qwen
 from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description, load_model, save_description
-from step_grpo.preemption import Notice, StoppedError
+from step_grpo.partial_rollout import PartialRollout, kept_rollout
+from step_grpo.preemption import Notice, StoppedError, Watched
 from step_grpo.report import evaluation_table, live_figures, progress_bar
 from step_grpo.reward import rewards
 from step_grpo.reward.grading import Grader
@@ -102,8 +103,8 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
     own.rehearse([prompt.question for prompt in questions[:2]], config.rollout.samples)
 
     # ------------------------------------------------------------------ rollout, grading, evaluation
-    rollout = notice.watched(training_engine(described, config, sampling))
-    plain = notice.watched(evaluation_engine(described, config, sampling))
+    rollout = training_engine(described, config, sampling)
+    plain = evaluation_engine(described, config, sampling)
     run_key = jax.random.fold_in(jax.random.key(config.seed), TRAINING_STREAM)
 
     with (
@@ -112,17 +113,11 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
         notice,
         checkpoint.Saver(workdir, described, config) as saver,
     ):
-        progress, state = checkpoint.restore(workdir, state, described, config)
+        progress, state = go_on(workdir, state, described, config)
 
-        @Timed
-        def measure(params: qwen.Params, name: str) -> dict[str, Any]:
-            ready = decode_ready(params, described.config, config.model.dtype, mesh)
-            scored, _ = evaluate(described, plain, ready, held_out, config, grader, f"evaluation {name}")
-            where = distributed.only_first(workdir / f"completions_{name}.jsonl")
-            write_completions(where, scored, described.eos_ids)
-            return summarise(scored, described.eos_ids)
-
-        roll_out = Rounds(rollout, described.tokenizer, questions, grader, config)
+        watched = notice.watched(plain)
+        measure = Timed(partial(measure_model, described, watched, held_out, grader, mesh, config, workdir))
+        roll_out = Rounds(notice.watched(rollout), described.tokenizer, questions, grader, config)
         before = once(
             workdir / "evaluation_before.json",
             {"config": checkpoint.bound_fields(config), "version": step_grpo.__version__},
@@ -143,13 +138,12 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
                 ready = decode_ready(
                     whole(state.params, frozen.base), described.config, config.model.dtype, mesh
                 )
-                scored, stats, cursor = sample_groups(
-                    partial(roll_out, ready, clock),
-                    progress.cursor,
-                    jax.random.fold_in(run_key, step),
-                    config,
-                )
-                del ready  # the update needs the room
+                key = jax.random.fold_in(run_key, step)
+                with kept_rollout(workdir, step + 1, ready, key, questions, config) as kept:
+                    scored, stats, cursor = sample_groups(
+                        partial(roll_out, ready, clock, kept), progress.cursor, key, config
+                    )
+                del ready, kept  # the update needs the room
                 reward, own_figures = own.judge(scored, reward_groups(scored, config))
                 samples = training_samples(scored, advantages(config.grpo.advantage, reward), config)
                 samples = trained_groups(samples, scored, config)
@@ -187,6 +181,15 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
     finish(workdir, result, described, whole(state.params, frozen.base), config)
 
 
+def go_on(
+    workdir: Path, state: TrainState, described: Description, config: ConfigDict
+) -> tuple[checkpoint.Progress, TrainState]:
+    """`checkpoint.restore`; the result of an earlier run goes, for only what has come to its end has one."""
+    if distributed.is_first():
+        (workdir / "result.json").unlink(missing_ok=True)
+    return checkpoint.restore(workdir, state, described, config)
+
+
 def finish(
     workdir: Path, result: dict[str, Any], described: Description, params: qwen.Params, config: ConfigDict
 ) -> None:
@@ -221,10 +224,17 @@ def finish(
 def load_prompts(
     described: Description, config: ConfigDict
 ) -> tuple[Sequence[EncodedPrompt], Sequence[EncodedPrompt]]:
-    """The prompts to train on, and those to evaluate on; no question is among both."""
+    """The prompts to train on, and those to evaluate on.
+
+    Raises:
+        UserError: a question is among both, or another process has other questions.
+    """
     questions = training_questions(described.tokenizer, config)
     held_out = evaluation_prompts(described, config)
     assert_disjoint(questions, held_out)
+    vocabulary = {"config.model.tokenizer": checkpoint.vocabulary_of(described.tokenizer)}
+    data = {"config.data": checksum(questions), "config.eval.data": checksum(held_out)}
+    distributed.agree_on(vocabulary | data)
     return questions, held_out
 
 
@@ -302,20 +312,39 @@ class Sampled(NamedTuple):
 class Rounds:
     """Makes and grades the completions of the next `prompts_per_step` prompts."""
 
-    rollout: RolloutEngine
+    rollout: Watched
     tokenizer: Any
     questions: Sequence[EncodedPrompt]
     grader: Grader
     config: ConfigDict
 
-    def __call__(self, ready: qwen.Params, clock: "Stopwatch", cursor: int, key: jax.Array) -> Sampled:
-        """The same in every process, each of which makes its share; `ready` is of `decode_ready`."""
+    def __call__(
+        self, ready: qwen.Params, clock: "Stopwatch", kept: PartialRollout, cursor: int, key: jax.Array
+    ) -> Sampled:
+        """The same in every process, each of which makes its share.
+
+        Args:
+            ready: of `decode_ready`.
+            clock: of the step.
+            kept: what an interrupted run has made of it, and what this one makes.
+            cursor: before the round.
+            key: of the round.
+        """
         batch, cursor = take_prompts(self.questions, cursor, self.config)
         mine = distributed.share(batch, "config.prompts_per_step")
         ids, samples = [prompt.ids for prompt in mine], self.config.rollout.samples
         total = len(ids) * samples
         clock.show("rollout", 0, total)
-        completions, stats = self.rollout(ready, ids, samples, key, lambda n: clock.show("rollout", n, total))
+        completions, stats = self.rollout(
+            ready,
+            ids,
+            samples,
+            key,
+            lambda finished: clock.show("rollout", finished, total),
+            known=kept.of_round(cursor),
+            on_finished=partial(kept.add, cursor),
+            on_drop=kept.write,
+        )
         clock.lap("rollout_seconds", "grading")
         triggers = tuple(self.config.rollout.triggers)
         scored = score_completions(self.tokenizer, mine, completions, self.grader, triggers)
@@ -561,7 +590,7 @@ def rollout_figures(
         "forced_tokens": float(sum(c.forced.sum() for c in completions)) / len(scored),
         "probes": len(confidences) / len(scored),
         "probe_tokens": sum(c.probe_tokens for c in completions) / len(scored),
-        "generated_per_second": tokens / stats.seconds,
+        "generated_per_second": (tokens - stats.known_tokens) / stats.seconds,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
         "lane_use": stats.live_steps / max(stats.lane_steps, 1),
@@ -617,6 +646,25 @@ def mean_exits(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Share of all training completions that left the thinking for each reason that occurred."""
     shares = {reason: float(np.mean([line[f"exit_{reason}"] for line in lines])) for reason in REASONS}
     return {reason: share for reason, share in shares.items() if share}
+
+
+def measure_model(
+    described: Description,
+    engine: Watched,
+    held_out: Sequence[EncodedPrompt],
+    grader: Grader,
+    mesh: Mesh,
+    config: ConfigDict,
+    workdir: Path,
+    params: qwen.Params,
+    name: str,
+) -> dict[str, Any]:
+    """The figures of a model on the held-out questions; its completions go to `completions_NAME.jsonl`."""
+    ready = decode_ready(params, described.config, config.model.dtype, mesh)
+    scored, _ = evaluate(described, engine, ready, held_out, config, grader, f"evaluation {name}")
+    where = distributed.only_first(workdir / f"completions_{name}.jsonl")
+    write_completions(where, scored, described.eos_ids)
+    return summarise(scored, described.eos_ids)
 
 
 class Timed:

@@ -1,4 +1,4 @@
-"""Stopping when asked: SIGTERM (a machine that is taken away) and SIGINT (Ctrl-C).
+"""Stopping when asked: SIGTERM (a machine that is taken away), SIGINT (Ctrl-C), or the host of a TPU.
 
 The first signal lets the run come to a point that it can go on from, the second ends it at once. What a
 rollout has not finished is dropped: it comes out the same when the run goes on.
@@ -10,14 +10,16 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
-from step_grpo.distributed import anywhere
+import jax
+
+from step_grpo.distributed import anywhere, host_is_taken_away
 from step_grpo.rollout.engine import RolloutEngine
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HOST_ASKED_EVERY = 5.0  # seconds; a notice of maintenance comes a minute ahead or more
 
 
 class StoppedError(Exception):
@@ -34,14 +36,18 @@ class Notice:
     Signals are read by a thread of its own, so that a second one is heard whatever the main thread waits
     for. Outside the main thread, where Python lets nobody listen, nothing is heard.
 
+    On a TPU the host is asked as well whether it is about to be taken away, and counts as a signal if it is;
+    a first real signal behind it still is a first one.
+
     Attributes:
-        came: the name of the first signal; empty until then.
+        came: the name of what came first; empty until then.
     """
 
-    def __init__(self):
+    def __init__(self, on_tpu: Callable[[], bool] = lambda: jax.default_backend() == "tpu"):
         """Does not listen yet."""
         self.came = ""
         self._before: dict[int, Any] = {}
+        self._on_tpu, self._left = on_tpu, threading.Event()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
@@ -53,9 +59,12 @@ class Notice:
         self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self._thread = threading.Thread(target=self._listen, name="preemption", daemon=True)
         self._thread.start()
+        if self._on_tpu():
+            threading.Thread(target=self._ask_host, name="maintenance", daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._left.set()
         if not self._before:
             return
         for number, handler in self._before.items():
@@ -66,14 +75,25 @@ class Notice:
         self._read.close()
 
     def _listen(self) -> None:
+        signals = 0
         while heard := self._read.recv(1):
             if heard[0] not in SIGNALS:
                 continue
-            if self.came:
+            signals += 1
+            if signals > 1:
                 os._exit(128 + heard[0])
-            self.came = signal.Signals(heard[0]).name
-            said = f"{self.came}: saving what is done; once more to stop at once"
-            print(f"step_grpo: {said}", file=sys.stderr, flush=True)
+            name = signal.Signals(heard[0]).name
+            self._hear(name, f"{name}: saving what is done; once more to stop at once")
+
+    def _ask_host(self) -> None:
+        while not (why := host_is_taken_away()):
+            if self._left.wait(HOST_ASKED_EVERY):
+                return
+        self._hear(why, f"the host is about to be taken away ({why}): saving what is done")
+
+    def _hear(self, name: str, said: str) -> None:
+        self.came = self.came or name
+        print(f"step_grpo: {said}", file=sys.stderr, flush=True)
 
     def stop_if_asked(self) -> None:
         """To be called by all processes at the same point.
@@ -84,12 +104,12 @@ class Notice:
         if anywhere(bool(self.came)):
             raise StoppedError
 
-    def watched(self, engine: RolloutEngine) -> RolloutEngine:
+    def watched(self, engine: RolloutEngine) -> "Watched":
         """The engine, whose calls raise `StoppedError` in every process once any was asked to stop."""
-        return cast(RolloutEngine, _Watched(engine, self))
+        return Watched(engine, self)
 
 
-class _Watched:
+class Watched:
     """An engine that looks for a notice after each segment, and with the other processes in the end."""
 
     def __init__(self, engine: RolloutEngine, notice: Notice):
@@ -105,15 +125,31 @@ class _Watched:
         samples: int,
         run_key: Any,
         on_progress: Callable[[int], None] = lambda finished: None,
+        on_drop: Callable[[], None] = lambda: None,
         **others: Any,
     ) -> Any:
+        """The engine's call.
+
+        Args:
+            params: the engine's, as are the next three and `others`.
+            prompts: likewise.
+            samples: likewise.
+            run_key: likewise.
+            on_progress: likewise.
+            on_drop: called at once where this process gives up its rollout: when the others have come as far,
+                its machine may be gone.
+            **others: likewise.
+        """
+
         def look(finished: int) -> None:
             on_progress(finished)
             if self._notice.came:
                 raise _DroppedError
 
         made = None
-        with suppress(_DroppedError):
+        try:
             made = self._engine(params, prompts, samples, run_key, look, **others)
+        except _DroppedError:
+            on_drop()
         self._notice.stop_if_asked()
         return made

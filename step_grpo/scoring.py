@@ -84,18 +84,29 @@ def _to_arrays(scored: Sequence[Scored], stats: RolloutStats) -> dict[str, np.nd
         for c in [s.completion]
     ]
     arrays = {"rows": as_bytes(json.dumps(rows)), "stats": as_bytes(json.dumps(asdict(stats)))}
+    return arrays | joined([s.completion for s in scored])
+
+
+def joined(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
+    """The arrays of completions, at least one, each kind end to end; and where each ends."""
+    arrays = {}
     for name in ARRAYS:
-        parts = [getattr(s.completion, name) for s in scored]
+        parts = [getattr(completion, name) for completion in completions]
         arrays[name] = np.concatenate(parts)
         arrays[f"{name} end"] = np.cumsum([len(part) for part in parts])
     return arrays
+
+
+def parted(arrays: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """The inverse: of each kind those of every completion."""
+    return {name: np.split(arrays[name], arrays[f"{name} end"][:-1]) for name in ARRAYS}
 
 
 def _from_arrays(
     arrays: Mapping[str, np.ndarray], process: int, prompts: Sequence[EncodedPrompt]
 ) -> list[Scored]:
     """The inverse, for the arrays of a process; prompts are counted over all processes."""
-    parts = {name: np.split(arrays[name], arrays[f"{name} end"][:-1]) for name in ARRAYS}
+    parts = parted(arrays)
     made = []
     for i, (own, sample, reason, probe_tokens, text, grade, steps) in enumerate(
         json.loads(bytes(arrays["rows"]))

@@ -3,7 +3,8 @@
 `{"workdir": DIR, "changes": {...}, "kill": {"at": POINT, "call": 2, "delay": 0.01, "signal": 9}}` makes a run
 of the whole program in a process of its own, forked from this one so that the imports are paid once. Where
 `kill` is given, the run gets the signal so many seconds after it begins the given call of the point, whatever
-it then does. The answer is `{"code": EXIT CODE OR -SIGNAL, "printed": ...}`.
+it then does. The answer is `{"code": EXIT CODE OR -SIGNAL, "printed": ...}`. With
+`"count": POINT` a run that comes to its end prints how often it called that.
 """
 
 import importlib
@@ -26,7 +27,7 @@ TINY = {
     "keep_checkpoints": 2,
     "data": {"count": 40},
     "mesh": {"data": 1},
-    "rollout": {"samples": 2, "lanes": 4, "max_response_tokens": 48, "max_probe_tokens": 6},
+    "rollout": {"samples": 2, "lanes": 2, "max_response_tokens": 48, "max_probe_tokens": 6},
     "grpo": {"prompts_per_update": 1, "rows": 2, "row_length": 96},
     "eval": {"questions": 4, "data": {"count": 4}, "max_response_tokens": 48},
 }
@@ -52,8 +53,8 @@ POINTS = {
 }
 
 
-def arm(at: str, call: int, delay: float, signal: int) -> None:
-    """Replaces a function by one that starts the clock at its n-th call."""
+def arm(at: str, call: int, delay: float, signal: int, now: bool = False) -> list[int]:
+    """Replaces a function by one that starts the clock at its n-th call; the list grows with each."""
     names = at.split(".")
     owner = run
     for depth in range(len(names) - 1, 0, -1):  # the longest prefix that is a module
@@ -73,11 +74,14 @@ def arm(at: str, call: int, delay: float, signal: int) -> None:
     @wraps(real)
     def counted(*arguments, **named):
         calls.append(1)
-        if len(calls) == call:
+        if len(calls) == call and now:
+            strike()
+        elif len(calls) == call:
             threading.Thread(target=strike, daemon=True).start()
         return real(*arguments, **named)
 
     setattr(owner, names[-1], counted)
+    return calls
 
 
 def attempt(task: dict, printed: Path) -> int:
@@ -92,9 +96,11 @@ def attempt(task: dict, printed: Path) -> int:
         os.dup2(out, 2)
         if "kill" in task:
             arm(**{"signal": 9, "delay": 0.0, "call": 1, **task["kill"]})
+        calls = arm(task["count"], 0, 0.0, 0) if "count" in task else []
         workdir = Path(task["workdir"])
         sys.argv = ["main", f"--workdir={workdir}"]
         run.cli.run(lambda: run.main(short_config(TINY, task.get("changes", {})), workdir), sys.argv[:1])
+        print(f"called {len(calls)} times")
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from short_run import short_config
 
-from step_grpo import distributed
+from step_grpo import cli, distributed
 
 
 def everywhere(tree):
@@ -32,10 +33,12 @@ def gradient(out: str) -> None:
 
 
 def train(workdir: str, changes: str) -> None:
-    """A run of the whole program."""
-    from step_grpo.main import main
+    """A run of the whole program; `KILL=2` kills the process when it begins the update of its second step."""
+    from kill_worker import arm, run
 
-    main(short_config(json.loads(changes)), Path(workdir))
+    if "KILL" in os.environ:
+        arm("step_grpo.main.update_policy", int(os.environ["KILL"]), 0.0, signal.SIGKILL, now=True)
+    cli.run(lambda: run.main(short_config(json.loads(changes)), Path(workdir)), sys.argv[:1])
 
 
 def disagree(workdir: str) -> None:
@@ -43,5 +46,35 @@ def disagree(workdir: str) -> None:
     train(workdir, json.dumps({"seed": int(os.environ["SEED"])}))
 
 
+def disagree_on_data(changes: str) -> None:
+    """The questions of the folder that the environment names, as a run loads them."""
+    from step_grpo.checkpoint import open_model
+    from step_grpo.main import load_prompts
+
+    def main() -> None:
+        distributed.join()
+        os.chdir(os.environ["FOLDER"])
+        load_prompts(open_model("builtin:tiny").described, short_config(json.loads(changes)))
+
+    cli.run(main, sys.argv[:1])
+
+
+def die(which: str) -> None:
+    """Tells the others something again and again, until one of them is killed in the middle of it."""
+
+    def main() -> None:
+        distributed.join()
+        for _ in range(3):
+            distributed.anywhere(False)
+        if jax.process_index() == int(which):
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            distributed.anywhere(False)
+
+    cli.run(main, sys.argv[:1])
+
+
+ACTIONS = (gradient, train, disagree, disagree_on_data, die)
+
 if __name__ == "__main__":
-    {"gradient": gradient, "train": train, "disagree": disagree}[sys.argv[1]](*sys.argv[2:])
+    {action.__name__: action for action in ACTIONS}[sys.argv[1]](*sys.argv[2:])

@@ -162,6 +162,45 @@ def test_save_without_room_names_the_checkpoint_to_go_on_from_and_leaves_nothing
     assert_is(3, restore(workdir, state_of(0), described, CONFIG))
 
 
+@contextmanager
+def file_system(folder, *options: str):
+    """A small file system of its own in a folder."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", ",".join(options), "none", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount file systems, and here not even root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_save_on_a_disk_that_is_full_goes_on_from_the_one_before(saved, described, tmp_path):
+    with file_system(tmp_path / "disk", "size=16m"):
+        workdir = shutil.copytree(saved, tmp_path / "disk" / "run")
+        free = os.statvfs(workdir)
+        (tmp_path / "disk" / "other").write_bytes(bytes(free.f_bavail * free.f_bsize - 100_000))
+        saver = Saver(workdir, described, CONFIG)
+        with pytest.raises(UserError, match=r"000003 cannot be written.*goes on from .*000002"):
+            saver.save(Progress(3, 12, 2), state_of(3))
+            saver.finish()
+        assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["000001", "000002"]
+        assert_is(2, restore(workdir, state_of(0), described, CONFIG))
+        (tmp_path / "disk" / "other").unlink()
+        saver.save(Progress(3, 12, 2), state_of(3))
+        saver.finish()
+        assert_is(3, restore(workdir, state_of(0), described, CONFIG))
+
+
+def test_workdir_on_a_disk_that_is_read_only_is_refused_by_name(tmp_path):
+    with (
+        file_system(tmp_path / "disk", "ro"),
+        pytest.raises(UserError, match=r"disk/run cannot be written .Read-only file system.; name another"),
+        locked(tmp_path / "disk" / "run"),
+    ):
+        pass
+
+
 def test_full_disk_elsewhere_is_one_line(capsys):
     def main() -> None:
         with open("/dev/full", "w") as file:

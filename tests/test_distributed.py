@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -25,7 +29,14 @@ SMALL = {
     "grpo": {"row_length": 96},
     "eval": {"questions": 8, "max_response_tokens": 64},
 }
-WHOLE = {**SMALL, "mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "grpo": {"row_length": 96, "rows": 4}}
+WHOLE = {
+    **SMALL,
+    "save_every": 1,
+    "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+    "grpo": {"row_length": 96, "rows": 4},
+}
+PROMPTLY = 60  # seconds within which a process ends whose peer was killed; alone on a machine it is a tenth
+HEARTBEAT = {f"{distributed.HEARTBEAT}_{process}": "10" for process in range(2)}
 ROUNDING = {"rel": 1e-4, "abs": 1e-5}
 
 
@@ -55,10 +66,30 @@ def processes(*arguments: str, **environment: str) -> list[tuple[int, str]]:
             )
         )
     try:
-        return [(p.wait(timeout=400), p.communicate()[0]) for p in running]
+        with ThreadPoolExecutor(len(running)) as pool:
+            ended = list(pool.map(_ended, running))
     finally:
         for p in running:
             p.kill()
+    times = [at for *_, at in ended]
+    assert max(times) - min(times) < PROMPTLY, ended
+    return [(code, printed) for code, printed, _ in ended]
+
+
+def _ended(process: subprocess.Popen) -> tuple[int, str, float]:
+    printed = process.communicate(timeout=400)[0]
+    return process.returncode, printed, time.monotonic()
+
+
+def assert_left_alone(ended: tuple[int, str]) -> None:
+    """It says in one line that another process is gone; or JAX, in its own words, ended it first."""
+    code, printed = ended
+    assert code in (1, -signal.SIGABRT), printed
+    if code == 1:
+        assert printed.count("step_grpo: error: another process of the run is gone (") == 1, printed
+        assert "start all of them again: they go on from the newest checkpoint" in printed
+    else:
+        assert "This most likely indicates that another task died" in printed
 
 
 def test_gradient_over_two_processes_is_that_of_one_device(tmp_path):
@@ -79,8 +110,12 @@ def alone(tmp_path_factory) -> ShortRun:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> tuple[ShortRun, list[str]]:
-    """The run over two processes, and what each of them printed."""
+    """The run over two processes, and what each of them printed, after one was killed in the second step."""
     workdir = tmp_path_factory.mktemp("together")
+    killed = processes("train", str(workdir), json.dumps(WHOLE), KILL_1="2", **HEARTBEAT)
+    assert killed[1][0] == -signal.SIGKILL, killed
+    assert_left_alone(killed[0])
+    assert [path.name for path in checkpoint.saved_steps(workdir)] == ["000001"]
     ended = processes("train", str(workdir), json.dumps(WHOLE))
     assert [code for code, _ in ended] == [0, 0], ended
     return ShortRun(short_config(WHOLE), workdir, ended[0][1]), [printed for _, printed in ended]
@@ -114,14 +149,11 @@ def test_checkpoint_of_two_processes_opens_in_one(together):
     np.testing.assert_array_equal(opened.params["embed_VD"], exported["model.embed_tokens.weight"])
 
 
-def test_two_processes_go_on_from_their_checkpoint(together):
-    run, _ = together
-    more = {**WHOLE, "steps": STEPS + 1, "save_every": 1}
-    ended = processes("train", str(run.workdir), json.dumps(more))
-    assert [code for code, _ in ended] == [0, 0], ended
-    assert [line["step"] for line in ShortRun(run.config, run.workdir, "").metrics] == list(
-        range(1, STEPS + 2)
-    )
+@pytest.mark.parametrize("killed", [0, 1])
+def test_process_whose_peer_is_killed_ends_promptly_and_says_why(killed):
+    ended = processes("die", str(killed), **HEARTBEAT)
+    assert ended[killed][0] == -signal.SIGKILL
+    assert_left_alone(ended[1 - killed])
 
 
 # ---------------------------------------------------------------------- who is who
@@ -177,3 +209,20 @@ def test_other_config_in_one_process_stops_both_with_its_name(tmp_path):
     for code, printed in ended:
         assert code != 0 and "config.seed is 0 in process 0 and 1 in process 1" in printed, printed
     assert not Path(worker).exists()
+
+
+def test_other_data_in_one_process_stops_both(tmp_path):
+    """The same file name, and in one place two of the questions have changed places."""
+    rows = [json.dumps({"problem": f"{n}+1", "answer": str(n + 1)}) + "\n" for n in range(3)]
+    for name, order in (("a", (0, 1, 2)), ("b", (0, 2, 1))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text("".join(rows[n] for n in order))
+    data = {"source": "jsonl", "name": "rows.jsonl", "prompt_column": "problem", "answer_column": "answer"}
+    folders = {f"FOLDER_{process}": str(tmp_path / name) for process, name in enumerate("ab")}
+    for code, printed in processes("disagree_on_data", json.dumps({"data": data}), **folders):
+        assert code == 2, printed
+        assert re.search(
+            r"error: config\.data is 3 prompts with the checksum (\w+) in process 0 and 3 prompts with the "
+            r"checksum (?!\1)\w+ in process 1; every host must run the same line, from the same files\n",
+            printed,
+        )

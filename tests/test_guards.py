@@ -136,7 +136,10 @@ def test_faults_are_told_by_sample_and_token():
 
 
 def test_run_skips_counts_keeps_and_replays_a_poisoned_batch(tmp_path, monkeypatch):
-    """The second of two updates has a log-prob that is no number; the run goes on without it."""
+    """The second of two updates has a log-prob that is no number; the run goes on without it.
+
+    Its completions are cut off before any answer, and it says so.
+    """
     real = run.training_samples
 
     def poisoned(scored, advantages, config):
@@ -145,12 +148,19 @@ def test_run_skips_counts_keeps_and_replays_a_poisoned_batch(tmp_path, monkeypat
         return samples
 
     monkeypatch.setattr(run, "training_samples", poisoned)
-    two = {"prompts_per_step": 2, "rollout": {"samples": 2}, "eval": {"questions": 2}}
+    two = {
+        "prompts_per_step": 2,
+        "rollout": {"samples": 2, "max_response_tokens": 8},
+        "grpo": {"row_length": 96},
+        "eval": {"questions": 2, "max_response_tokens": 8},
+    }
     done = train(short_config(ONE_STEP, two), tmp_path)
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line["skipped_updates"] == 1
     assert all(value is not None for value in line.values())
     (file,) = (tmp_path / "bad").iterdir()
+    for warning in ("every group has equal rewards", "no answer is correct", "100% of the completions take"):
+        assert f"warning: step 1: {warning}" in done.printed
     assert "an update is not finite and was skipped; look with python -m step_grpo.replay" in done.printed
     assert checkpoint.read_run(tmp_path / "checkpoints" / "000001")["skipped"] == 1
 

@@ -19,6 +19,8 @@ from short_run import ROOT, ShortRun, short_config
 from step_grpo import checkpoint
 
 KILLS = int(os.environ.get("STEP_GRPO_TEST_KILLS", "0"))
+GROUPS = TINY["prompts_per_step"] * TINY["rollout"]["samples"]  # completions of a step
+OF_THE_LANES = ("lane_use",)  # the figures that tell how the completions of a step were made
 SEED = int(os.environ.get("STEP_GRPO_TEST_SEED", "0"))
 
 
@@ -66,10 +68,11 @@ def whole(worker, tmp_path_factory) -> ShortRun:
     return ShortRun(short_config(TINY), workdir, printed)
 
 
-def assert_equal(workdir: Path, whole: ShortRun) -> None:
-    """Metrics, completions, evaluations and weights are those of the uninterrupted run."""
+def assert_equal(workdir: Path, whole: ShortRun, *free: str) -> None:
+    """Metrics but the `free` ones, completions, evaluations and weights are of the uninterrupted run."""
     run = ShortRun(whole.config, workdir, "")
-    assert run.metrics == whole.metrics
+    for line, there in zip(run.metrics, whole.metrics, strict=True):
+        assert {**line, **dict.fromkeys(free)} == {**there, **dict.fromkeys(free)}
     for name in ("before", "after"):
         assert run.completions(name) == whole.completions(name)
         assert run.result[name] == whole.result[name]
@@ -115,9 +118,13 @@ def test_run_killed_anywhere_is_the_uninterrupted_one(worker, whole, tmp_path):
     print(f"{killed} runs of {KILLS} were killed, all went on to the same end")
 
 
-def test_asked_to_stop_the_run_drops_the_rollout_saves_and_goes_on_exactly(worker, whole, tmp_path):
-    """SIGTERM in the rollout of the second step, with nothing saved so far."""
-    kill = {"at": "step_grpo.main.take_prompts", "call": 2, "signal": 15}
+def test_asked_to_stop_in_a_rollout_the_run_keeps_what_is_finished_and_goes_on_exactly(
+    worker, whole, tmp_path
+):
+    """SIGTERM when the first lane of the second step is done, with nothing saved so far."""
+    finished = "step_grpo.rollout.engine.completion_of"
+    made = TINY["eval"]["questions"] + GROUPS
+    kill = {"at": finished, "call": made + 1, "signal": 15, "now": True}
     rarely = {"save_every": 3}
     code, printed = worker.run(tmp_path / "run", kill=kill, changes=rarely)
     folder = tmp_path / "run" / "checkpoints" / "000001"
@@ -126,6 +133,14 @@ def test_asked_to_stop_the_run_drops_the_rollout_saves_and_goes_on_exactly(worke
     assert "SIGTERM: saving what is done" in printed and "Traceback" not in printed
     assert [path.name for path in checkpoint.saved_steps(tmp_path / "run")] == ["000001"]
     assert not (tmp_path / "run" / "result.json").exists()
-    code, printed = worker.run(tmp_path / "run")
+    (file,) = (tmp_path / "run" / "partial_rollout").iterdir()
+    assert file.name == "step_000002-0.npz"
+    with np.load(file) as held:
+        kept = len(json.loads(held["rows"].tobytes()))
+    assert 1 <= kept < GROUPS
+    code, printed = worker.run(tmp_path / "run", count=finished)
     assert code == 0, printed
-    assert_equal(tmp_path / "run", whole)
+    again = 2 * GROUPS + TINY["eval"]["questions"]  # steps 2 and 3, and the last evaluation
+    assert f"called {again - kept} times" in printed and "warning" not in printed.replace("warning: step", "")
+    assert not list((tmp_path / "run" / "partial_rollout").iterdir())
+    assert_equal(tmp_path / "run", whole, *OF_THE_LANES)

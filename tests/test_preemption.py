@@ -4,12 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 from short_run import ROOT
 
+from step_grpo import preemption
 from step_grpo.preemption import Notice, StoppedError
 
 
@@ -53,8 +56,8 @@ def test_watched_engine_drops_the_rollout_after_the_segment_in_which_it_was_aske
         assert (seen, watched.machine) == ([0, 1, 2, 3], "machine")
         segments.clear()
         with pytest.raises(StoppedError):
-            watched("asked", [[1]], 1, None)
-        assert segments == [0, 1]
+            watched("asked", [[1]], 1, None, on_drop=lambda: segments.append("dropped"))
+        assert segments == [0, 1, "dropped"]
 
 
 def test_what_goes_wrong_in_the_engine_is_not_taken_for_a_stop():
@@ -63,6 +66,60 @@ def test_what_goes_wrong_in_the_engine_is_not_taken_for_a_stop():
 
     with Notice() as notice, pytest.raises(ValueError, match="empty"):
         notice.watched(SimpleNamespace(__call__=engine).__call__)(None, [], 1, None)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """A metadata server; what it says is in the dictionary."""
+    says = {"maintenance-event": "NONE", "preempted": "FALSE"}
+
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(says[self.path.removeprefix("/computeMetadata/v1/instance/")].encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_address[1]}")
+    monkeypatch.setattr(preemption, "HOST_ASKED_EVERY", 0.01)
+    yield says
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "came"),
+    [
+        ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE", "TERMINATE_ON_HOST_MAINTENANCE"),
+        ("preempted", "TRUE", "preempted"),
+    ],
+)
+def test_notice_of_maintenance_stops_the_run_like_a_signal(host, name, value, came, capsys):
+    with Notice(on_tpu=lambda: True) as notice:
+        time.sleep(0.1)
+        notice.stop_if_asked()
+        host[name] = value
+        until = time.monotonic() + 10
+        while not notice.came and time.monotonic() < until:
+            time.sleep(0.01)
+        with pytest.raises(StoppedError):
+            notice.stop_if_asked()
+        os.kill(os.getpid(), signal.SIGTERM)  # a first signal: it does not end the process
+        time.sleep(0.1)
+        assert notice.came == came
+    assert f"the host is about to be taken away ({came}): saving what is done" in capsys.readouterr().err
+
+
+def test_host_is_asked_on_a_tpu_alone(host):
+    host["preempted"] = "TRUE"
+    with Notice() as notice:
+        time.sleep(0.1)
+        assert not notice.came
 
 
 DEAF = """

@@ -65,6 +65,11 @@ if "describe" in words:
     if state in ("GONE", "BROKEN"):
         sys.exit("ERROR: NOT_FOUND: no such resource" if state == "GONE" else "ERROR: UNAVAILABLE")
     print(state)
+elif "storage" in words:
+    if pop("buckets", "ok") != "ok":
+        sys.exit("ERROR: UNAVAILABLE")
+    if not os.path.exists(os.path.join(os.environ["STUB"], "result.json")):
+        sys.exit("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
 elif "create" in words:
     if pop("creations", "ok") != "ok":
         sys.exit("ERROR: quota")
@@ -98,7 +103,11 @@ host = os.path.basename(os.environ["HOME"])
 record("trainer", host, os.getcwd(), *sys.argv[1:])
 does = pop("runs." + host, "0")
 print("hello from", host, flush=True)
-time.sleep(60) if does == "hang" else sys.exit(int(does))
+if does == "hang":
+    time.sleep(60)
+if does == "0":
+    open(os.path.join(os.environ["STUB"], "result.json"), "w").close()
+sys.exit(0 if does == "stopped" else int(does))
 """
 PYTHON3 = r"""#!/bin/bash
 mkdir -p "$HOME/.local/bin"
@@ -195,7 +204,7 @@ def kinds(calls: Sequence[Sequence[str]]) -> list[str]:
     """create, describe, delete, scp, and for ssh what is run on the hosts."""
     names = []
     for call in calls:
-        verb = call[4]
+        verb = "ls" if call[1] == "storage" else call[4]
         command = next((word for word in call if word.startswith("--command=")), "")
         action = re.search(r"on_host\.sh (\w+)", command)
         names.append(action[1] if action else verb)
@@ -435,7 +444,7 @@ def test_watch_survives_a_preemption_with_the_same_line(cloud):
     )
     cloud.run("watch.sh", *REQUIRED["watch.sh"], *QUICK, HOSTILE, "--spot", "--delete-when-done")
     done = kinds(cloud.calls())
-    assert [kind for kind in done if kind not in ("describe", "state")] == [
+    assert [kind for kind in done if kind not in ("describe", "state", "ls")] == [
         *("create", *BRING_UP),
         *("delete", "create", *BRING_UP),
         "delete",
@@ -469,7 +478,17 @@ def test_watch_goes_on_with_a_run_that_is_there(ready):
     ready.trainings(2)
     before = len(ready.calls())
     ready.run("watch.sh", *REQUIRED["watch.sh"], *QUICK)
-    assert set(kinds(ready.calls()[before:])) == {"describe", "state"}
+    assert set(kinds(ready.calls()[before:])) == {"describe", "state", "ls"}
+
+
+def test_watch_goes_on_with_a_run_that_was_asked_to_stop_until_it_has_a_result(ready):
+    """Both exit with 0; a bucket that does not answer for once decides nothing."""
+    ready.says(runs_host0=["stopped", "0"], runs_host1=["stopped", "0"], buckets=["down", "ok"])
+    done = ready.run("watch.sh", *REQUIRED["watch.sh"], *QUICK)
+    assert "the run is stopped" in done.stderr and "going on with the run (1)" in done.stderr
+    assert len(ready.trainings(4)) == 4
+    shown = [call for call in ready.calls() if "storage" in call]
+    assert shown and all(call == ["gcloud", "storage", "ls", "gs://bucket/run/result.json"] for call in shown)
 
 
 @pytest.mark.parametrize(
@@ -477,6 +496,7 @@ def test_watch_goes_on_with_a_run_that_is_there(ready):
     [
         ({"runs_host0": ["1"], "runs_host1": ["1"]}, ("--max-crashes=2",), "broke off 3 times"),
         ({"runs_host0": ["2"], "runs_host1": ["hang"]}, (), "its settings are wrong"),
+        ({"runs_host0": ["stopped"], "runs_host1": ["stopped"]}, ("--max-preemptions=1",), "stopped 2 times"),
         ({"states": ["BROKEN"]}, (), "gcloud did not answer 10 times"),
         ({"network": ["down"]}, (), "the hosts did not answer 10 times"),
         ({"states": ["GONE"], "creations": ["no"]}, ("--max-preemptions=2",), "was lost 3 times"),

@@ -7,15 +7,16 @@
 #
 #   all flags of create.sh, and:
 #   --poll=60              seconds between two looks
-#   --max-preemptions=100  slices that are created again, at most
+#   --max-preemptions=100  slices that are created again, and stopped runs that are launched again, at most
 #   --max-crashes=10       launches again on a slice that is there, at most
 #   --backoff=30           seconds before the first new try; doubled each time until the run is seen running, at
 #                          most 15 minutes
 #   --delete-when-done     delete the slice once the line has come to its end
 #   --dry-run              print the commands, run nothing
 #
-# It runs on any machine with gcloud and may itself be stopped and started again. Exit 0: the line has come to its
-# end. Exit 1: it gave up and says why; the slice, if there is one, is left for a look and costs money. A mistake in
+# It runs on any machine with gcloud and may itself be stopped and started again. A run that was asked to stop (a
+# signal, a notice of maintenance) also exits with 0, so the line has come to its end where the workdir holds its
+# result.json; else it is launched again, as after a preemption. Exit 0: the line has come to its end. Exit 1: it gave up and says why; the slice, if there is one, is left for a look and costs money. A mistake in
 # the settings (the program's exit code 2) is not tried again.
 
 set -euo pipefail
@@ -70,6 +71,26 @@ ask_hosts() {
     on_hosts all 'bash step_grpo/tpu/on_host.sh state || echo step_grpo_state=absent'
 }
 
+look_for_result() {
+    local argument workdir=""
+    for argument in "${program[@]}"; do
+        if [[ $argument == --workdir=* ]]; then workdir=${argument#--workdir=}; fi
+    done
+    run gcloud storage ls "${workdir%/}/result.json"
+}
+
+# done, stopped, or unknown: what a run that exited with 0 was.
+ending() {
+    local answer
+    if answer=$(look_for_result 2>&1); then
+        printf "done"
+    elif [[ $answer == *"matched no objects"* ]]; then
+        printf stopped
+    else
+        printf unknown
+    fi
+}
+
 # ACTIVE and so on; GONE where there is none; UNKNOWN where gcloud does not tell.
 slice_state() {
     local answer
@@ -82,7 +103,7 @@ slice_state() {
     fi
 }
 
-# What the hosts say, together: done, running, absent, mistake, crashed, or unknown.
+# What the hosts say, together: done, stopped, running, absent, mistake, crashed, or unknown.
 run_state() {
     local hosts
     hosts=$(ask_hosts 2>/dev/null | sed -n 's/^step_grpo_state=//p' | sort -u | tr '\n' ' ') || hosts=""
@@ -90,7 +111,7 @@ run_state() {
         "") printf unknown ;;
         *exit:2\ *) printf mistake ;;
         *exit:[1-9]* | *lost*) printf crashed ;;
-        "exit:0 ") printf "done" ;;
+        "exit:0 ") ending ;;
         "absent ") printf absent ;;
         *absent*) printf crashed ;;
         *) printf running ;;
@@ -120,6 +141,15 @@ launch_again() {
     ((crashes <= $(flag max-crashes 10))) || give_up "the program broke off $crashes times (tpu/logs.sh)"
     back_off
     say "launching again ($crashes)"
+    set_up_and_launch || say "it could not be launched"
+}
+
+# Asked to stop on a slice that is there: the host may yet be taken away, and then the slice is created again.
+launch_stopped() {
+    preemptions=$((preemptions + 1))
+    ((preemptions <= $(flag max-preemptions 100))) || give_up "the run was stopped $preemptions times"
+    back_off
+    say "going on with the run ($preemptions)"
     set_up_and_launch || say "it could not be launched"
 }
 
@@ -157,6 +187,7 @@ look_at_run() {
                 set_up_and_launch || say "it could not be launched"
             fi
             ;;
+        stopped) launch_stopped ;;
         crashed) launch_again ;;
     esac
 }
@@ -165,6 +196,7 @@ show_plan() {
     echo "# at first, and after a preemption:" && create
     echo "# once the state is ACTIVE, and after a crash:" && set_up_and_launch
     echo "# every $(flag poll 60) seconds:" && describe && ask_hosts
+    echo "# where all hosts have exited with 0:" && look_for_result
     echo "# where the state is SUSPENDED or FAILED$([[ -z $(flag delete-when-done) ]] || echo ', and in the end'):"
     script delete.sh "$slice_flags"
 }

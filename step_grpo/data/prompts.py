@@ -1,6 +1,7 @@
 """Questions to prompt token ids, through the tokenizer's own chat template, with thinking on."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +97,14 @@ def encode_prompts(
     prompts = [EncodedPrompt(q, tuple(ids)) for q, ids in zip(questions, encoded, strict=True)]
     kept = [prompt for prompt in prompts if len(prompt.ids) <= max_prompt_tokens]
     return Prompts(kept, len(prompts) - len(kept))
+
+
+def checksum(prompts: Sequence[EncodedPrompt]) -> str:
+    """How many prompts there are, and a number that stands for their tokens, answers and order."""
+    held = hashlib.sha256()
+    for prompt in prompts:
+        held.update(repr((prompt.ids, dataclasses.astuple(prompt.question))).encode())
+    return f"{len(prompts)} prompts with the checksum {held.hexdigest()[:16]}"
 
 
 def think_end_id(tokenizer: Tokenizer) -> int:

@@ -61,6 +61,7 @@ class RolloutStats:
     prefilled: int = 0  # prompt tokens, padding included
     resizes: int = 0  # times the cache grew, shrank or was packed
     moves: int = 0  # times completions moved to the annex
+    known_tokens: int = 0  # of completions that the caller had already
 
 
 @dataclass
@@ -213,6 +214,8 @@ class RolloutEngine:
         run_key: jax.Array,
         on_progress: Callable[[int], None] = lambda finished: None,
         limits: Sequence[int] | None = None,
+        known: Sequence[Completion] = (),
+        on_finished: Callable[[Sequence[Completion]], None] = lambda completions: None,
     ) -> tuple[list[Completion], RolloutStats]:
         """Makes `samples` completions of each prompt.
 
@@ -224,6 +227,8 @@ class RolloutEngine:
             on_progress: called with the number of finished completions after each segment.
             limits: tokens that each completion may have, at most the machine's, by prompt and sample; None
                 for the machine's.
+            known: completions that an earlier, interrupted call has made; they are not made again.
+            on_finished: called with what a segment finished, before `on_progress`.
 
         Returns:
             The completions, ordered by prompt and sample, and the cost.
@@ -239,13 +244,16 @@ class RolloutEngine:
         limits = limits or [self.machine.max_response] * (len(prompts) * samples)
         # Devices that share lanes exchange parts at every step: all must take as many.
         in_step = axis_size(self.mesh, "tensor") > 1
-        work = _Work(programs, prompts, samples, limits, self._groups, in_step, self.rebatch, stats)
-        finished: list[Completion] = []
+        work = _Work(programs, prompts, samples, limits, self._groups, in_step, self.rebatch, stats, known)
+        finished = list(known)
+        stats.known_tokens = sum(len(c.tokens) for c in known)
         while len(finished) < len(prompts) * samples:
             work.fill(params)
             pool, steps = work.fit()
             work.advance(pool, params, run_key, steps)
-            finished += work.harvest(pool)
+            made = work.harvest(pool)
+            finished += made
+            on_finished(made)
             on_progress(len(finished))
         finished.sort(key=lambda c: (c.prompt, c.sample))
         stats.seconds = time.monotonic() - started
@@ -264,12 +272,18 @@ class _Work:
     in_step: bool  # no device ends a segment before the others
     rebatch: bool  # lanes are refilled and packed as completions end
     stats: RolloutStats
+    known: Sequence[Completion]  # not to be made
     ready: list[Ready] = field(default_factory=list)
     finished: int = 0
     roomy: int = 0  # looks in a row at which a smaller cache would have done
 
     def __post_init__(self):
-        self.queue = deque(range(len(self.prompts)))
+        made = {(c.prompt, c.sample) for c in self.known}
+        self.wanted = [
+            [sample for sample in range(self.samples) if (prompt, sample) not in made]
+            for prompt in range(len(self.prompts))
+        ]
+        self.queue = deque(prompt for prompt, samples in enumerate(self.wanted) if samples)
         ladder = self.programs.ladder
         self.main = Pool.of(self.programs.empty(ladder.shapes[0]), self.devices)
         self.annex = None
@@ -310,7 +324,7 @@ class _Work:
                 if self.queue and hungry[device]:
                     prompt = self.queue.popleft()
                     chosen[device * rows + row] = prompt
-                    waiting[device].extend((row, prompt, sample) for sample in range(self.samples))
+                    waiting[device].extend((row, prompt, sample) for sample in self.wanted[prompt])
         longest = max(len(self.prompts[p]) for p in chosen.values())
         width = next(w for w in self.programs.ladder.widths if w >= longest)
         tokens = np.zeros((self.devices * rows, width), np.int32)

@@ -235,6 +235,24 @@ def test_order_and_company_of_prompts_change_nothing(params):
     assert same(here, [there[c.prompt, c.sample] for c in here])
 
 
+def test_known_completions_are_not_made_again_and_change_nothing(params):
+    """A whole group, the last of one, and single ones; told by what each segment finishes."""
+    expected = run_named("truncated")
+    known = [c for c in expected if c.prompt == 1 or (c.prompt, c.sample) in {(0, 2), (3, 0)}]
+    engine, made, progress = shared_engine(MACHINE, 4), [], []
+    ready = qwen.decode_params(params, jnp.float32)
+    completions, stats = engine(
+        ready, PROMPTS, 3, KEY, on_progress=progress.append, known=known[::-1], on_finished=made.extend
+    )
+    assert same(expected, completions)
+    there = {(c.prompt, c.sample) for c in made}
+    assert there == {(c.prompt, c.sample) for c in expected} - {(c.prompt, c.sample) for c in known}
+    assert len(made) == len(there) and progress[-1] == len(expected)
+    assert stats.known_tokens == sum(len(c.tokens) for c in known)
+    completions, stats = engine(ready, PROMPTS, 3, KEY, known=expected)
+    assert same(expected, completions) and stats.steps == 0
+
+
 NEVER = {
     "confidence": dataclasses.replace(PROBE, delta=1.0),
     "sufficiency": dataclasses.replace(SUFFICIENCY, threshold=101),
