@@ -74,6 +74,12 @@ def test_second_interruption_adds_to_the_first(path):
         assert len(kept.of_round(0)) == 2
 
 
+def test_rollout_interrupted_before_anything_is_finished_leaves_nothing(path):
+    with pytest.raises(KeyboardInterrupt), PartialRollout(path, lambda: FACTS):
+        raise KeyboardInterrupt
+    assert not path.parent.exists()
+
+
 def cut(path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
 
