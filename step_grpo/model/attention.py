@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu.decode_attention import mqa
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 
@@ -22,6 +23,8 @@ from step_grpo.model.tpu_kernels import ragged_decode_attention, write_token_in_
 
 SETTINGS = ("auto", "xla", "pallas", "cudnn")
 SPLASH_BLOCKS = (512, 256, 128)  # positions of queries and of keys handled at a time
+TRITON_BLOCK = 128  # keys that the kernel for GPU handles at a time, at most
+TRITON_SPLITS = 16  # parts of a cache that it handles side by side, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Attention:
     """Which implementation a program uses; hashable, so that a change is a new program.
 
     Attributes:
-        kind: `xla` runs everywhere; `pallas` are kernels for TPU; `cudnn` is for NVIDIA GPUs.
+        kind: `xla` runs everywhere; `pallas` are kernels for TPU; `cudnn` is for NVIDIA GPUs, where one token
+            a lane goes through a Pallas kernel if cuDNN does not take it.
         interpret: the Pallas kernels run on any platform, slowly.
         rows_over: the mesh over which the compiler spreads the rows of whole sequences, and their heads.
             None where each device has rows of its own, as in `shard_map`.
@@ -86,6 +90,20 @@ def cudnn_applies(q_BTNH: jax.Array, *, masked: bool) -> bool:
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
     return half and H % 8 == 0 and H <= 128 and not (masked and T % 2)
+
+
+def triton_blocks(capacity: int, head_dim: int) -> tuple[int, int] | None:
+    """How the Pallas kernel for GPU goes through a cache of `capacity` tokens.
+
+    Returns:
+        Keys handled at a time, and parts of the cache handled side by side; None where Triton, which knows
+        powers of two from 16 on, has no way.
+    """
+    block = min(capacity & -capacity, TRITON_BLOCK)  # the largest power of two that divides it
+    if block < 16 or head_dim < 16 or head_dim & (head_dim - 1):
+        return None
+    blocks = capacity // block
+    return block, max(n for n in range(1, TRITON_SPLITS + 1) if blocks % n == 0)
 
 
 # ---------------------------------------------------------------- whole sequences
@@ -256,10 +274,14 @@ def _decode_xla(attention, q_BNH, k_BKH, v_BKH, cache, length_B):
 
 
 def _decode_cudnn(attention, q_BNH, k_BKH, v_BKH, cache, length_B):
-    if cache.k_scale is not None or not cudnn_applies(q_BNH[:, None], masked=False):
+    fused = cudnn_applies(q_BNH[:, None], masked=False)
+    blocks = triton_blocks(cache.capacity, q_BNH.shape[-1])
+    if cache.k_scale is not None or not (fused or blocks):
         return _decode_xla(attention, q_BNH, k_BKH, v_BKH, cache, length_B)
     cache = write_token(cache, k_BKH, v_BKH, length_B)
-    return _attend_cudnn(q_BNH, cache, length_B + 1), cache
+    if fused:
+        return _attend_cudnn(q_BNH, cache, length_B + 1), cache
+    return _attend_triton(q_BNH, cache, length_B + 1, *blocks, interpret=attention.interpret), cache
 
 
 def _decode_pallas(attention, q_BNH, k_BKH, v_BKH, cache, length_B):
@@ -286,6 +308,17 @@ def _attend_cudnn(q_BNH: jax.Array, cache: LayerCache, length_B: jax.Array) -> j
     out = jax.nn.dot_product_attention(
         q_BNH.reshape(B * K, N // K, 1, H), k, v, key_value_seq_lengths=length, implementation="cudnn"
     )
+    return out.reshape(B, N, H)
+
+
+def _attend_triton(q_BNH, cache: LayerCache, length_B, block: int, splits: int, *, interpret: bool):
+    """The kernel reads the tokens in use alone; as in cuDNN's, the heads of keys go to the batch."""
+    B, N, H = q_BNH.shape
+    K, S = cache.k.shape[1:3]
+    k, v = (x.reshape(B * K, S, H).astype(q_BNH.dtype) for x in (cache.k, cache.v))
+    length = jnp.repeat(jnp.minimum(length_B, S), K).astype(jnp.int32)
+    q = q_BNH.reshape(B * K, N // K, H)
+    out = mqa(q, k, v, kv_seq_len=length, block_k=block, k_splits=splits, interpret=interpret)
     return out.reshape(B, N, H)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from step_grpo.model.attention import (
     decode_attention,
     full_attention,
     splash_block,
+    triton_blocks,
 )
 from step_grpo.model.cache import LayerCache, empty_cache, quantise, stored, stored_token, write_token
 from step_grpo.model.tpu_kernels import (
@@ -358,9 +360,39 @@ def test_cudnn_applies_to_half_precision_and_heads_of_eights(dtype, T, H, masked
     assert cudnn_applies(jax.ShapeDtypeStruct((1, T, 4, H), dtype), masked=masked) == applies
 
 
-def test_where_cudnn_does_not_apply_xla_runs(cudnn_on_xla):
+@pytest.mark.parametrize(("K", "G", "S", "H"), [(2, 3, 64, 16), (1, 1, 48, 32), (2, 2, 384, 16)])
+def test_where_cudnn_does_not_apply_a_kernel_decodes(cudnn_on_xla, K, G, S, H):
+    gpu, dtype = Attention("cudnn", interpret=True), jnp.float32
+    lengths = np.array([0, 1, 15, 16, S - 1, S])
+    q, k, v = random_heads(6, K, G, S, H, dtype)
+    new = random(8, 6, K, H, dtype=dtype)
+    out, cache = decode_attention(gpu, q, new, new, LayerCache(k, v), lengths)
+    expected = plain_attention(q, cache.k, cache.v, np.minimum(lengths + 1, S))
+    assert np.abs(np.asarray(out, np.float64) - expected).max() < TOLERANCE[dtype]
+    assert not cudnn_on_xla
+
+
+def test_kernel_for_gpu_is_in_the_program_for_a_gpu():
+    q, k, v = random_heads(2, 2, 2, 256, 32)
+    step = jax.jit(partial(decode_attention, Attention("cudnn")))
+    traced = step.trace(q, k[:, :, 0], v[:, :, 0], LayerCache(k, v), jnp.zeros(2, int))
+    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("capacity", "head_dim", "blocks"),
+    [
+        *[(64, 16, (64, 1)), (384, 128, (128, 3)), (4096, 64, (128, 16)), (18432, 128, (128, 16))],
+        *[(48, 32, (16, 3)), (40, 32, None), (64, 12, None), (64, 8, None)],
+    ],
+)
+def test_kernel_for_gpu_knows_powers_of_two(capacity, head_dim, blocks):
+    assert triton_blocks(capacity, head_dim) == blocks
+
+
+def test_where_neither_cudnn_nor_the_kernel_applies_xla_runs(cudnn_on_xla):
     cudnn = Attention("cudnn")
-    q, k, v = random_heads(3, 2, 2, 64, 16)
+    q, k, v = random_heads(3, 2, 2, 40, 16)
     (quantised,) = empty_cache(1, 3, 2, 64, 16, jnp.int8)
     lengths = jnp.zeros(3, int)
     token = k[:, :, 0], v[:, :, 0]
