@@ -50,7 +50,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "rollout"))
 from brute_force import BruteForce
 from test_triggers import SEVERAL, TINY_TEXTS, found_by_tables, random_strings, standing
 
-SHARES = {"config": 0.15, "jsonl": 0.15, "parquet": 0.03, "triggers": 0.65, "phases": 0.02}
+SHARES = {"config": 0.1, "jsonl": 0.1, "parquet": 0.03, "triggers": 0.75, "phases": 0.02}
 """Of the cases; one of `triggers` is cheapest."""
 
 
@@ -356,10 +356,10 @@ def made_up_model(rng: np.random.Generator) -> np.ndarray:
         b"<eos>": -1.5,
         b"<end>": -1.5,
         b"</think>": -1.5,
-        b"Wait": 2.5,
+        b"Wait": 2.0,
         b" Wa": 0.5,
         b"it": 0.5,
-        b"\n": 2,
+        b", ": 3.0,
     }
     return (logits + np.array([liked.get(text, 0) for text in TOKENS])).astype(np.float32)
 

@@ -235,6 +235,38 @@ def test_wrong_value_names_field_and_value(field):
         assert str(WRONG[field]) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "right"),
+    [
+        ("steps", None, "a whole number"),
+        ("steps", 2.5, "a whole number"),
+        ("rollout.rebatch", "yes", "True or False"),
+        ("grpo.learning_rate", "small", "a number"),
+        ("data.name", 3, "a text"),
+        ("data.instruction", "\ud800", "a text"),
+        ("rollout.triggers", "Wait", "a tuple of texts"),
+        ("lora.targets", (["q_proj"],), "a tuple of texts"),
+        ("eval.data", None, "a group of fields"),
+    ],
+)
+def test_value_of_a_wrong_type_names_field_value_and_type(field, value, right):
+    config = base_config().unlock()
+    *groups, name = field.split(".")
+    parent = get(config, ".".join(groups)) if groups else config
+    with parent.ignore_type():
+        parent[name] = value
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    assert str(caught.value).startswith(f"config.{field} is {value!r}; it must be {right}")
+
+
+def test_missing_field_is_named():
+    config = base_config().unlock()
+    del config.grpo["b1"]
+    with pytest.raises(UserError, match=r"config\.grpo\.b1 is missing"):
+        validate(config)
+
+
 # Texts that may be anything, switches, and fields with a rule of their own below.
 FREE = {
     *(f"{data}.{name}" for data in ("data", "eval.data") for name in ("subset", "split", "answer_pattern")),

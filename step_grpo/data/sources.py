@@ -287,7 +287,11 @@ def _read_parquet(config: ConfigDict, where: str) -> _Table:
     try:
         names = pq.ParquetDataset(path).schema.names
         table = pq.read_table(path, columns=_roots(config, names))
-    except (pa.ArrowException, OSError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+    ) as error:  # of a damaged file, also names that are no UTF-8
         raise UserError(f"{where}.name: {path} is not readable as parquet: {_line(error)}") from None
     return _Table(str(path), path.name, "row", _arrow_rows(table))
 

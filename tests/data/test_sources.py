@@ -283,6 +283,33 @@ def test_unreadable_jsonl_is_one_line(tmp_path, content, problem):
     assert message.startswith("config.data.name") and problem in message
 
 
+def test_lines_that_cannot_be_read_are_dropped_and_counted_where_the_config_says_so(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps(ROWS[0]).encode()
+    path.write_bytes(b"\n".join([b'{"problem"', good, b'{"problem": "\xff"}', b"[1]", b"[" * 100_000]))
+    questions = load(source="jsonl", name=str(path), bad_rows="drop")
+    assert [q.id for q in questions] == ["rows.jsonl:2"] and questions.dropped == 4
+    path.write_bytes(b"\xff\n")
+    assert "all 1 rows are bad" in refusal(source="jsonl", name=str(path), bad_rows="drop")
+
+
+def test_parquet_rows_that_are_no_python_values_are_named_or_dropped(tmp_path):
+    path = tmp_path / "rows.parquet"
+    no_text = pa.array([b"Q", b"\xff\xfe", b"R"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"problem": no_text, "answer": ["1", "2", "3"]}), path)
+    message = refusal(source="parquet", name=str(path))
+    assert message.startswith("config.data.name") and "row 1: cannot be read" in message
+    questions = load(source="parquet", name=str(path), bad_rows="drop")
+    assert pairs(questions) == [("Q", "1"), ("R", "3")] and questions.dropped == 1
+
+
+def test_damaged_parquet_file_with_a_column_name_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"problem": ["Q"], "answer": ["1"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"problem", b"prob\xffem"))
+    assert "is not readable as parquet" in refusal(source="parquet", name=str(path))
+
+
 def test_byte_order_mark_blank_lines_and_carriage_returns_are_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"problem": "Q", "answer": "1"}\r\n\r\n{"problem": "R", "answer": "2"}')
