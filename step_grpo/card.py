@@ -20,6 +20,7 @@ LICENSES = {
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-": "mit",
 }
 """Of weights to begin from, by the beginning of their name; of others nothing is said."""
+_NO_NAME = re.compile(r"[^\w .-]")  # characters that no architecture has in its name
 
 
 def card_of(
@@ -62,7 +63,7 @@ def front_matter(card: Mapping[str, Any], name: str, library: str) -> str:
         base_model=begun if on_hub(begun) else None,
         license=next((known for start, known in LICENSES.items() if begun.startswith(start)), None),
         datasets=[data["name"]] if data.get("source") == "hf" else None,
-        model_name=name,
+        model_name=_NO_NAME.sub("", name),
         eval_results=_results((settings.get("eval") or {}).get("data") or {}, after) if after else None,
     )
     return f"---\n{written.to_yaml()}\n---"

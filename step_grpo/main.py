@@ -184,10 +184,14 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
 def go_on(
     workdir: Path, state: TrainState, described: Description, config: ConfigDict
 ) -> tuple[checkpoint.Progress, TrainState]:
-    """`checkpoint.restore`; the result of an earlier run goes, for only what has come to its end has one."""
+    """`checkpoint.restore`; the result of an earlier run goes, for only what has come to its end has one.
+
+    A run that is refused leaves it where it is.
+    """
+    restored = checkpoint.restore(workdir, state, described, config)
     if distributed.is_first():
         (workdir / "result.json").unlink(missing_ok=True)
-    return checkpoint.restore(workdir, state, described, config)
+    return restored
 
 
 def finish(
