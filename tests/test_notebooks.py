@@ -72,6 +72,9 @@ def test_notebook_names_no_place_of_one_machine(path):
         assert places <= own
 
 
+@pytest.mark.skipif(
+    "STEP_GRPO_TEST_NOTEBOOKS" not in os.environ, reason="takes a minute or two: STEP_GRPO_TEST_NOTEBOOKS=1"
+)
 @pytest.mark.parametrize(("name", "folder"), [("how_step_grpo_works", "notebooks"), ("colab_tpu", ".")])
 def test_notebook_runs_from_top_to_bottom(name, folder, tmp_path):
     root = Path(__file__).parents[1]
