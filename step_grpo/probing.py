@@ -116,7 +116,8 @@ def read_completions(path: Path, questions: int) -> list[dict[str, Any]]:
         UserError: no such file, not one of ours, or empty.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not `splitlines`, which also splits at line ends of Unicode that a completion may hold.
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         known = [(row["id"], row["sample"], row["prompt"], row["answer"], row["token_ids"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -116,7 +116,8 @@ def learnt(config: ConfigDict, workdir: Path, row: str) -> Figures | None:
     counted: list[dict[str, int]] = []
     for seed in config.seeds:
         path = workdir / "rows" / row / f"seed{seed}" / config.pictured / "completions.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # Not `splitlines`, which also splits at line ends of Unicode that a completion may hold.
+        for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
             said = json.loads(line)
             if family_of(said["prompt"]) is None:
                 return None

@@ -138,6 +138,13 @@ def test_files_say_what_each_probe_answered_and_how_right_it_was(tmp_path, monke
     assert "3 probes" in capsys.readouterr().out
 
 
+def test_line_ends_of_unicode_in_a_text_end_no_record(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    rows = [{**ROWS[0], "text": "a\u2028b\x85c"}, {**ROWS[0], "sample": 1}]
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    assert len(read_completions(path, 0)) == 2
+
+
 def test_completions_without_triggers_are_no_mistake(tmp_path, capsys):
     rows = [{**ROWS[0], "token_ids": TINY.encode("<think>\n0+2=2.\n</think>\n\nWait. So")}]
     probing.main(short_config(), str(write_rows(tmp_path, rows)), "builtin:tiny", tmp_path / "out")
