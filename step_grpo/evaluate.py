@@ -194,6 +194,35 @@ def evaluation_engine(described: Description, config: ConfigDict, mesh: Mesh) ->
     )
 
 
+def greedy_engine(
+    described: Description, config: ConfigDict, mesh: Mesh, *, max_prompt: int, max_response: int
+) -> RolloutEngine:
+    """Plain greedy decoding of prompts that may be longer than a question, such as parts of completions.
+
+    Args:
+        described: the model but its weights.
+        config: the whole config.
+        mesh: from `share_of`.
+        max_prompt: tokens of the longest prompt.
+        max_response: tokens of a completion.
+    """
+    rollout = config.rollout.copy_and_resolve_references().unlock()
+    rollout.max_prompt_tokens = max_prompt
+    return build_engine(
+        described,
+        rollout,
+        mesh,
+        config.model.dtype,
+        truncate=False,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        max_response=max_response,
+        attention=choose_attention(config.model.attention, mesh),
+    )
+
+
 def decode_ready(params: qwen.Params, cfg: qwen.QwenConfig, dtype: str, mesh: Mesh) -> qwen.Params:
     """The weights as this process's rollout reads them: a copy for each of its groups of devices.
 

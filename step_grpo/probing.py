@@ -32,15 +32,13 @@ from step_grpo.data.benchmarks import benchmark_data, chosen
 from step_grpo.data.prompts import EncodedPrompt, encode_prompts, think_end_id
 from step_grpo.data.sources import Question
 from step_grpo.errors import UserError
-from step_grpo.evaluate import decode_ready, model_of
+from step_grpo.evaluate import decode_ready, greedy_engine, model_of
 from step_grpo.mesh import mesh_of, share_of
 from step_grpo.model import qwen
-from step_grpo.model.attention import choose_attention
 from step_grpo.model.load import Description
 from step_grpo.report import progress_bar
 from step_grpo.reward.boxes import last_box
 from step_grpo.reward.grading import Grade, Grader
-from step_grpo.rollout.engine import build_engine
 from step_grpo.rollout.exits import probe_confidence
 from step_grpo.rollout.policies import encode
 from step_grpo.rollout.triggers import TriggerTable, build_triggers, token_bytes
@@ -219,21 +217,12 @@ def tentative_answers(
     rollout, closing = config.rollout, think_end_id(described.tokenizer)
     question = encode(described.tokenizer, rollout.inducing_prompt)
     prompts = [(*probe.prompt.ids, *probe.prefix, *question) for probe in probes]
-    settings = rollout.copy_and_resolve_references().unlock()
-    settings.max_prompt_tokens = max(map(len, prompts))
-    sampling = share_of(mesh, jax.process_index())
-    engine = build_engine(
+    engine = greedy_engine(
         replace(described, eos_ids=(*described.eos_ids, closing)),  # either ends a tentative answer
-        settings,
-        sampling,
-        config.model.dtype,
-        truncate=False,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
+        config,
+        share_of(mesh, jax.process_index()),
+        max_prompt=max(map(len, prompts)),
         max_response=rollout.max_probe_tokens,
-        attention=choose_attention(config.model.attention, sampling),
     )
     ready = decode_ready(params, described.config, config.model.dtype, mesh)
     mine = distributed.share(prompts, "--completions: probes")

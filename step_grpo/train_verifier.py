@@ -37,7 +37,7 @@ from step_grpo import cli, distributed, paths
 from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, think_end_id
 from step_grpo.errors import UserError
-from step_grpo.evaluate import decode_ready
+from step_grpo.evaluate import decode_ready, greedy_engine
 from step_grpo.grpo.packing import PackedBatch, Sample, pack, unpack
 from step_grpo.imitate import fine_tune, finish, sample
 from step_grpo.mesh import mesh_of, place_rows, replicated, row_shares, share_of
@@ -46,7 +46,7 @@ from step_grpo.model.attention import Attention, choose_attention
 from step_grpo.model.load import Description, load_model
 from step_grpo.report import progress_bar
 from step_grpo.reward.grading import Grader
-from step_grpo.rollout.engine import CLOSING, build_engine
+from step_grpo.rollout.engine import CLOSING
 from step_grpo.rollout.policies import Verifier, encode, verifier_of
 from step_grpo.rollout.triggers import TriggerTable, build_delimiters, token_bytes
 from step_grpo.scoring import Scored
@@ -190,21 +190,13 @@ def label(
     closing = encode(described.tokenizer, CLOSING)
     mine = distributed.share(prefixes, "config.prompts_per_step")
     room = [max(1, config.rollout.max_response_tokens - len(p.tokens) - len(closing)) for p in mine]
-    sampling = share_of(mesh, jax.process_index())
-    rollout = config.rollout.copy_and_resolve_references().unlock()
-    rollout.max_prompt_tokens += max(len(p.tokens) for p in prefixes) + len(closing)
-    engine = build_engine(
+    longest = max(len(p.tokens) for p in prefixes) + len(closing)
+    engine = greedy_engine(
         described,
-        rollout,
-        sampling,
-        config.model.dtype,
-        truncate=False,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
+        config,
+        share_of(mesh, jax.process_index()),
+        max_prompt=config.rollout.max_prompt_tokens + longest,
         max_response=max(room),
-        attention=choose_attention(config.model.attention, sampling),
     )
     ready = decode_ready(params, described.config, config.model.dtype, mesh)
     with progress_bar("answering", len(mine)) as bar:

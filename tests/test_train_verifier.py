@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from short_run import short_config
 
-from step_grpo import train_verifier
+from step_grpo import evaluate, train_verifier
 from step_grpo.data.prompts import EncodedPrompt
 from step_grpo.data.sources import Question
 from step_grpo.data.tiny_tokenizer import build_tokenizer
@@ -143,7 +143,7 @@ def test_label_is_whether_the_answer_behind_the_closed_prefix_is_right(described
     engine = Answers({f"{n}{text}\n</think>\n\n": said for (n, text), (said, _) in answer_of.items()})
     settings = {}
     monkeypatch.setattr(
-        train_verifier, "build_engine", lambda *a, **named: settings.update(named, rollout=a[1]) or engine
+        evaluate, "build_engine", lambda *a, **named: settings.update(named, rollout=a[1]) or engine
     )
     monkeypatch.setattr(train_verifier, "decode_ready", lambda *a: None)
     suffices = label(described, None, prefixes, config, make_mesh(1))

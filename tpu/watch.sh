@@ -127,10 +127,14 @@ back_off() {
 }
 
 preemptions=0
-create_again() {
+count_preemption() {
     preemptions=$((preemptions + 1))
-    ((preemptions <= $(flag max-preemptions 100))) || give_up "the slice was lost $preemptions times"
+    ((preemptions <= $(flag max-preemptions 100))) || give_up "the $1 $preemptions times"
     back_off
+}
+
+create_again() {
+    count_preemption "slice was lost"
     say "creating the slice again ($preemptions)"
     create || say "it could not be created"
 }
@@ -146,9 +150,7 @@ launch_again() {
 
 # Asked to stop on a slice that is there: the host may yet be taken away, and then the slice is created again.
 launch_stopped() {
-    preemptions=$((preemptions + 1))
-    ((preemptions <= $(flag max-preemptions 100))) || give_up "the run was stopped $preemptions times"
-    back_off
+    count_preemption "run was stopped"
     say "going on with the run ($preemptions)"
     set_up_and_launch || say "it could not be launched"
 }

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from step_grpo.calibration import calibration_error, reliability_bins
 from step_grpo.html_report import charts
 from step_grpo.html_report.charts import Bin, Series
 from step_grpo.html_report.read import Row, RunFiles
@@ -15,7 +16,6 @@ from step_grpo.statistics import wilson_interval
 
 Show = Callable[[float], str]
 Z = 1.959964  # standard errors on either side of a mean in its 95 % interval
-BINS = 10  # of the reliability diagram
 STAGES = {
     "rollout_seconds": "rollout",
     "grading_seconds": "grading",
@@ -259,26 +259,19 @@ def distribution(
 
 
 def calibration(probes: Sequence[Row]) -> tuple[list[Bin], float]:
-    """Bins of probes by confidence, and the expected calibration error.
-
-    The error is the mean distance of a bin's confidence from the share of right answers in it, each bin
-    counting by its probes (Naeini et al., 2015).
+    """The bins of `step_grpo.calibration` that hold probes, with intervals, and the calibration error.
 
     Args:
         probes: with `confidence` in [0, 1] and `correct`; at least one.
     """
     confidence = np.array([p["confidence"] for p in probes], float)
-    correct = np.array([bool(p["correct"]) for p in probes])
-    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    bins = []
-    for i in np.unique(place):
-        inside = place == i
-        right, count = int(correct[inside].sum()), int(inside.sum())
-        bins.append(
-            Bin(count, float(confidence[inside].mean()), right / count, *wilson_interval(right, count))
-        )
-    error = sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / len(probes)
-    return bins, error
+    bins = reliability_bins(confidence, np.array([p["correct"] for p in probes], bool))
+    drawn = []
+    for own in bins:
+        if count := own["count"]:
+            interval = wilson_interval(round(own["accuracy"] * count), count)
+            drawn.append(Bin(count, own["confidence"], own["accuracy"], *interval))
+    return drawn, calibration_error(bins) or 0.0
 
 
 def reliability_figure(probes: Sequence[Row]) -> Figure:
