@@ -29,6 +29,21 @@ settings.register_profile("compiling", deadline=None)
 settings.load_profile("compiling")
 
 MOST_PROCESSES = 4  # each may need two gigabytes
+# Begun before all others, so that no process is left with one of them at the end: about a minute or more each.
+LONGEST = (
+    "test_distributed.py",
+    "test_lora.py",
+    "test_main.py",
+    "test_engine.py",
+    "test_benchmarks.py",
+    "test_mesh.py",
+    "test_kills.py",
+    "test_engine_attention.py",
+    "test_update_benchmark.py",
+    "test_evaluate.py",
+    "test_guards.py",
+    "test_grading.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -47,6 +62,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     option.numprocesses = min(MOST_PROCESSES, os.cpu_count() or 1)
     option.dist = "loadfile"
+    option.loadscopereorder = False  # it would hand out the files of many short tests first
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first; the order within a file stays."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

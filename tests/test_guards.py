@@ -177,6 +177,36 @@ def test_run_skips_counts_keeps_and_replays_a_poisoned_batch(tmp_path, monkeypat
 # ---------------------------------------------------------------------- warnings
 
 
+def test_run_that_drifts_samples_inexactly_and_is_paid_for_silence_says_so(
+    tmp_path, monkeypatch, finished_run
+):
+    """Steps far too long, a sampler that rounds what it caches, and a reward that counts tokens alone."""
+    module = "def silence(completions):\n    return -completions.tokens / 10.0\n"
+    (tmp_path / "paid_for_silence.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    bounds = {"warn": {"kl": 0.02, "sampler_gap": 1e-4, "length": 0.9}}
+    faults = {
+        "reward": {"functions": ("paid_for_silence:silence",)},
+        "rollout": {"exit": "none", "cache_dtype": "int8"},
+        "grpo": {"learning_rate": 1e-3, "prompts_per_update": 4},
+        "eval": {"questions": 4},
+    }
+    done = train(short_config(bounds, faults), tmp_path / "workdir")
+    first, second = done.metrics
+    assert first["kl"] == 0 < bounds["warn"]["kl"] < second["kl"]
+    assert second["tokens"] < 0.9 * first["tokens"]
+    assert max(line["sampler_gap"] for line in finished_run.metrics) < 1e-5  # where nothing is rounded
+    said = [line for line in done.printed.splitlines() if line.startswith("warning: ")]
+    for warning in (
+        "step 1: sampler and trainer differ by",
+        f"step 2: the KL to the first policy is {second['kl']:.3g} nats a token",
+        "step 2: sampler and trainer differ by",
+        f"step 2: completions have {second['tokens']:.0f} tokens, in the first step {first['tokens']:.0f}",
+    ):
+        assert sum(line.startswith(f"warning: {warning}") for line in said) == 1, (warning, said)
+    assert not any("step 1: the KL" in line or "step 1: completions have" in line for line in said)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
