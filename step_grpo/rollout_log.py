@@ -13,21 +13,16 @@ One JSON object a line, one line a completion: `step`, the question (`id`, `prom
 | `exit` | `reason` | the end of the thinking |
 """
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from step_grpo import paths
 from step_grpo.data.prompts import think_end_id
 from step_grpo.grpo.advantages import advantages
-from step_grpo.metrics import read_metrics
+from step_grpo.metrics import StepLines
 from step_grpo.reward.steps import trigger_pattern
 from step_grpo.rollout.engine import Completion
 from step_grpo.scoring import Scored
@@ -35,28 +30,12 @@ from step_grpo.scoring import Scored
 Segment = dict[str, Any]
 
 
-class RolloutLog:
-    """Appends to `rollouts.jsonl`; what `write` got is on the disk or in the bucket when it returns."""
-
-    def __init__(self, path: Path, first_step: int = 0):
-        """Opens the file; lines of steps after `first_step`, left by a run that is resumed, are dropped."""
-        paths.make(path.parent)
-        if path != Path(os.devnull):  # of the processes that write nothing
-            keep = [line for line in read_metrics(path) if line["step"] <= first_step]
-            # As a whole or not at all: an interruption here must not lose what was there.
-            paths.write_text(path, "".join(json.dumps(line) + "\n" for line in keep))
-        self._file = paths.append_to(path)
+class RolloutLog(StepLines):
+    """Appends to `rollouts.jsonl`."""
 
     def write(self, step: int, records: Sequence[dict[str, Any]]) -> None:
         """Writes a line for each record."""
-        self._file.write("".join(json.dumps({"step": step, **record}) + "\n" for record in records))
-        self._file.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
-        self._file.close()
+        self.append([{"step": step, **record} for record in records])
 
 
 def kept_rollouts(

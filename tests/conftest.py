@@ -29,7 +29,7 @@ settings.register_profile("compiling", deadline=None)
 settings.load_profile("compiling")
 
 MOST_PROCESSES = 4  # each may need two gigabytes
-# Begun before all others, so that no process is left with one of them at the end: about a minute or more each.
+# Begun before all others, about a minute or more each: no process is left with one of them at the end.
 LONGEST = (
     "test_distributed.py",
     "test_lora.py",
