@@ -41,7 +41,11 @@ ROUNDING = {"rel": 1e-4, "abs": 1e-5}
 
 
 def processes(*arguments: str, **environment: str) -> list[tuple[int, str]]:
-    """Exit code and output of two processes of four devices each; `X_0` and `X_1` differ between them."""
+    """Exit code and output of two processes of four devices each; `X_0` and `X_1` differ between them.
+
+    What they say on stderr follows what they say on stdout: Gloo writes to stdout from threads of its own, in
+    one pipe it would end up in the middle of a line.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -61,7 +65,7 @@ def processes(*arguments: str, **environment: str) -> list[tuple[int, str]]:
                     **own,
                 },
                 stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                stderr=subprocess.PIPE,
                 text=True,
             )
         )
@@ -77,7 +81,7 @@ def processes(*arguments: str, **environment: str) -> list[tuple[int, str]]:
 
 
 def _ended(process: subprocess.Popen) -> tuple[int, str, float]:
-    printed = process.communicate(timeout=400)[0]
+    printed = "".join(process.communicate(timeout=400))
     return process.returncode, printed, time.monotonic()
 
 
