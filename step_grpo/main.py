@@ -563,6 +563,7 @@ def update_policy(
     for batch, count in minibatches:
         grads, sums = update.accumulate(state.params, *update.start(state.params), batch, count, frozen.base)
         state, measurements = update.apply(state, grads, sums)
+        del grads  # as large as the params; the next update begins with zeros that would lie beside them
         measured.append(measurements)
     values = jax.device_get(measured)
     look(values, [batch for batch, _ in minibatches])

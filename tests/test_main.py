@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import weakref
 from pathlib import Path
 
 import jax
@@ -15,8 +16,9 @@ from step_grpo import checkpoint
 from step_grpo.data.prompts import EncodedPrompt
 from step_grpo.data.sources import Question, load_questions
 from step_grpo.errors import UserError
+from step_grpo.grpo.logprobs import TokenLogprobs
 from step_grpo.grpo.packing import Sample, pack, stack
-from step_grpo.grpo.update import Measurements, Update
+from step_grpo.grpo.update import Measurements, TrainState, Update
 from step_grpo.main import (
     Frozen,
     Sampled,
@@ -531,6 +533,35 @@ def test_step_with_no_mixed_group_makes_no_update():
     assert after is state
     names = {*Measurements._fields, "skipped_updates"} - {"skipped"}
     assert measured == dict.fromkeys(names, 0.0)
+
+
+def test_gradients_of_an_update_are_gone_before_those_of_the_next_are_made():
+    """They are as large as the params, and the fit check counts them once."""
+    made, left = [], []
+
+    def start(params):
+        left.append(sum(grads() is not None for grads in made))
+        grads = jax.numpy.zeros_like(params)
+        made.append(weakref.ref(grads))
+        return grads, None
+
+    def apply(state, grads, sums):
+        zeros = dict.fromkeys(Measurements._fields, np.float32(0))
+        return state, Measurements(**zeros)
+
+    update = Update(
+        init=None,
+        start=start,
+        logprobs=lambda params, packed, count, frozen: TokenLogprobs(packed.mask, packed.mask),
+        accumulate=lambda params, grads, sums, batch, count, frozen: (grads, sums),
+        apply=apply,
+    )
+    config = short_config({"grpo": {"prompts_per_update": 1, "old_logprobs": "sampler"}})
+    count = config.rollout.samples
+    samples = training_samples([scored()] * 3 * count, np.zeros((3, count)), config)
+    state = TrainState(np.int32(0), jax.numpy.ones(3), None)
+    update_policy(update, state, Frozen(None, None, None), samples, config, make_mesh(1))
+    assert left == [0, 0, 0]
 
 
 def test_times_of_a_stage_that_comes_again_add_up():
