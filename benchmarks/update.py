@@ -13,7 +13,8 @@ JSON object:
   threads may wait for each other ten times as long as they compute;
 - `matmul_peak_share`: useful FLOPs a second over those of one large float32 product on the same cores, taken
   in turn with the update. Useful is three times the forward pass: weights at every token, causal attention
-  within each sequence, the output head at tokens of completions. Recomputation does not count;
+  within each sequence, the output head at tokens of completions. Recomputation does not count; with all of
+  it (`--remat=full`, the default of the tiny model) the share cannot be above 0.75;
 - `memory_vs_padded`: peak memory of the padded step over ours (one pair: it does not vary). For both it is
   the larger of the two programs of a step, gradient and AdamW: arguments, temporaries and outputs that reuse
   no argument, as compiled, on all devices together, and the moments, which stay alive beside the first;
@@ -117,13 +118,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; what is not given depends on the model."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.update", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
-    parser.add_argument("--prompts", type=int, help="24; 3 for a shape")
-    parser.add_argument("--samples", type=int, help="completions a prompt: 8; 4 for a shape")
-    parser.add_argument("--median", type=int, help="tokens of the median completion: 64; 24 for a shape")
-    parser.add_argument("--longest", type=int, help="longer completions are cut to this: 256; 96 for a shape")
-    parser.add_argument("--rows", type=int, help="of a micro-batch: 16; 4 for a shape")
-    parser.add_argument("--row_length", type=int, help="tokens of a packed row: 320; 128 for a shape")
+    parser.add_argument("--prompts", type=int, help="24; 4 for a shape")
+    parser.add_argument("--samples", type=int, help="completions a prompt: 8; 5 for a shape")
+    parser.add_argument("--median", type=int, default=64, help="tokens of the median completion")
+    parser.add_argument("--longest", type=int, default=256, help="longer completions are cut to this")
+    parser.add_argument("--rows", type=int, help="of a micro-batch: 16; 2 for a shape")
+    parser.add_argument("--row_length", type=int, help="tokens of a packed row: 320; 512 for a shape")
     parser.add_argument("--devices", type=int, help="that share the rows: 0, all; 1 for a shape")
+    parser.add_argument(
+        "--remat", choices=qwen.REMAT, help="what our side recomputes: full; none for a shape"
+    )
     parser.add_argument("--threads", type=int, nargs="+", help="of torch: 1 and all; all for a shape")
     parser.add_argument("--repeats", type=int, help="counted runs of each side: 3; 1 for a shape")
     parser.add_argument("--product", type=int, default=2048, help="rows and columns of the products")
@@ -132,18 +136,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     tiny: dict[str, Any] = {
         "prompts": 24,
         "samples": 8,
-        "median": 64,
-        "longest": 256,
         "rows": 16,
         "row_length": 320,
+        "remat": "full",
     }
     large: dict[str, Any] = {
-        "prompts": 3,
-        "samples": 4,
-        "median": 24,
-        "longest": 96,
-        "rows": 4,
-        "row_length": 128,
+        "prompts": 4,
+        "samples": 5,
+        "rows": 2,
+        "row_length": 512,
+        "remat": "none",
     }
     cores = len(os.sched_getaffinity(0))
     tiny |= {"devices": 0, "repeats": 3, "threads": sorted({1, cores})}
@@ -188,6 +190,7 @@ def make_job(args: argparse.Namespace, folder: Path) -> Job:
     """The model on the devices, in training, with no samples yet."""
     config = tiny_config(lanes=1).unlock()
     config.rollout.max_response_tokens = args.longest
+    config.model.remat = args.remat
     config.grpo.update(rows=args.rows, row_length=args.row_length, learning_rate=1e-5)
     described, params = load_model(config.model, seed=0)
     if args.shape:
