@@ -128,6 +128,9 @@ wrong = broken == "broken" and workdir.name != "peace"
 """
 
 
+FAULTS = len(soak.FORGED) + 3
+
+
 def soaked(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str, seconds: float) -> dict[str, Any]:
     def start(workdir: Path, data: Path, steps: int, *changes: str) -> subprocess.Popen:
         assert data.exists()
@@ -136,10 +139,10 @@ def soaked(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str, seconds: flo
             return subprocess.Popen(line, stdout=log, stderr=log)
 
     monkeypatch.setattr(soak, "start", start)
-    for number in range(3):  # longer, where the machine is too busy for a single job to come to its end
+    for number in range(3):  # longer, where the machine is too busy for much to come to pass
         (folder / str(number)).mkdir()
         result = soak.soak(folder / str(number), seconds * 4**number, 6, random.Random(0))
-        if result["finished"]:
+        if result["finished"] and result["faults"] >= FAULTS:
             break
     return result
 
@@ -148,8 +151,7 @@ def test_job_that_survives_every_fault_loses_nothing(tmp_path, monkeypatch, caps
     result = soaked(tmp_path, monkeypatch, "whole", seconds=5)
     assert result["lost"] == 0, capsys.readouterr().out
     assert result["finished"] > 0
-    struck = {kind for kind, count in result["by_kind"].items() if count}
-    assert len(struck & set(soak.KINDS)) > 1 and result["faults"] == sum(result["by_kind"].values())
+    assert result["faults"] == sum(result["by_kind"].values()) >= FAULTS
 
 
 def test_job_that_ends_otherwise_than_in_peace_has_lost_something(tmp_path, monkeypatch):
