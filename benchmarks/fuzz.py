@@ -4,9 +4,9 @@
 last line, one JSON object: `cases` and `failures` of each target, and of all.
 
 - `config`: fields set to values of any type; `validate` accepts, or raises a `UserError` that names a field.
-- `jsonl`, `parquet`: files with rows of any type, bad encodings and damaged bytes; `load_questions` gives
-  questions and a count of the rows that it dropped, or raises a `UserError` that names the file, the row if
-  it is one, or the field of the config.
+- `jsonl`, `parquet`, `hf`: files with rows of any type, bad encodings and damaged bytes, `hf` those of the
+  other two through Hugging Face's library; `load_questions` gives questions and a count of the rows that it
+  dropped, or raises a `UserError` that names the file, the row if it is one, or the field of the config.
 - `triggers`: strings of tokens; the automaton of the decode loop finds the triggers that a regex finds.
 - `phases`: a made-up model in which every token depends on all before it, decoded by the jitted loop, and by
   the plain Python restatement of the method (`tests/rollout/brute_force.py`): tokens, forced tokens, reasons
@@ -27,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +51,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "rollout"))
 from brute_force import BruteForce
 from test_triggers import SEVERAL, TINY_TEXTS, found_by_tables, random_strings, standing
 
-SHARES = {"config": 0.1, "jsonl": 0.1, "parquet": 0.03, "triggers": 0.75, "phases": 0.02}
+SHARES = {"config": 0.1, "jsonl": 0.1, "parquet": 0.03, "hf": 0.01, "triggers": 0.74, "phases": 0.02}
 """Of the cases; one of `triggers` is cheapest."""
 
 
@@ -283,24 +284,58 @@ ARRAYS: tuple[pa.Array, ...] = (
 DAMAGE = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3)
 
 
+TABLES = st.tuples(
+    st.dictionaries(st.sampled_from(["problem", "answer", "a"]), st.integers(0, len(ARRAYS) - 2)),
+    st.sampled_from([2, 2, 1, 0]),
+    DAMAGE,
+    st.sampled_from([1.0, 1.0, 1.0, 0.5, 0.0]),
+)
+"""Columns by number, rows, bytes that are changed, and how much of the file is left."""
+
+
+def write_parquet(path: Path, table: tuple[Any, ...]) -> int | None:
+    """Writes one of `TABLES`; returns its rows, None where it is damaged."""
+    chosen, rows, damage, kept = table
+    pq.write_table(pa.table({name: ARRAYS[i].slice(0, rows) for name, i in chosen.items()}), path)
+    content = bytearray(path.read_bytes())
+    for place, byte in damage:
+        content[int(place * len(content))] = byte
+    path.write_bytes(content[: int(kept * len(content))])
+    return rows if not damage and kept == 1 and chosen else None
+
+
 def fuzz_parquet(cases: int, random_seed: int, counter: Counter) -> None:
     """Files with columns of any type, whole, damaged or cut off."""
-    columns = st.dictionaries(st.sampled_from(["problem", "answer", "a"]), st.integers(0, len(ARRAYS) - 2))
-    length, cut = st.sampled_from([2, 2, 1, 0]), st.sampled_from([1.0, 1.0, 1.0, 0.5, 0.0])
     with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
         path = Path(folder) / "rows.parquet"
 
         def check(case: tuple[Any, ...]) -> None:
-            chosen, rows, damage, kept, fields = case
-            pq.write_table(pa.table({name: ARRAYS[i].slice(0, rows) for name, i in chosen.items()}), path)
-            content = bytearray(path.read_bytes())
-            for place, byte in damage:
-                content[int(place * len(content))] = byte
-            path.write_bytes(content[: int(kept * len(content))])
-            whole = not damage and kept == 1 and chosen
-            check_source("parquet", path, fields, rows if whole else None)
+            table, fields = case
+            check_source("parquet", path, fields, write_parquet(path, table))
 
-        explore(check, st.tuples(columns, length, DAMAGE, cut, DATA_FIELDS), cases, random_seed, counter)
+        explore(check, st.tuples(TABLES, DATA_FIELDS), cases, random_seed, counter)
+
+
+def fuzz_hf(cases: int, random_seed: int, counter: Counter) -> None:
+    """Files of lines or of columns, read by Hugging Face's library."""
+
+    def check(case: tuple[Any, ...]) -> None:
+        lines, table, fields = case
+        # Its cache knows a file by name, size and time: each case has a place of its own.
+        with (
+            tempfile.TemporaryDirectory(prefix="fuzz_") as folder,
+            mock.patch.object(datasets.config, "HF_DATASETS_CACHE", Path(folder) / "cache"),
+        ):
+            path = Path(folder) / ("rows.jsonl" if lines else "rows.parquet")
+            rows = None  # of lines: the library has ideas of its own of what a line is
+            if lines:
+                path.write_bytes(b"\n".join(lines))
+            else:
+                rows = write_parquet(path, table)
+            check_source("hf", path, fields, rows)
+
+    lines = st.just([]) | st.lists(LINES, min_size=1, max_size=4)
+    explore(check, st.tuples(lines, TABLES, DATA_FIELDS), cases, random_seed, counter)
 
 
 # ---------------------------------------------------------------------- token streams
@@ -449,6 +484,7 @@ TARGETS: dict[str, Callable[[int, int, Counter], None]] = {
     "config": fuzz_config,
     "jsonl": fuzz_jsonl,
     "parquet": fuzz_parquet,
+    "hf": fuzz_hf,
     "triggers": fuzz_triggers,
     "phases": fuzz_phases,
 }

@@ -14,7 +14,8 @@ Its data has bad rows, which are dropped. Beside it a second run, which nobody k
 time and loses grading workers now and then; its memory and its open files are measured. The last line is one
 JSON object:
 
-- `faults`: injected, and `by_kind`;
+- `faults`: injected, and `by_kind`; only those that took effect: the process was alive to be killed, ended
+  before its time because it was asked to, or failed for want of room;
 - `lost`: workdirs that ended otherwise than in peace, and runs that ended in a way they must not;
 - `finished`: workdirs that were compared;
 - `memory_growth`: resident memory of the long run at the end against a sixth of the time, a share;
@@ -22,6 +23,7 @@ JSON object:
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -112,7 +114,7 @@ def soak(folder: Path, seconds: float, steps: int, rng: random.Random) -> dict[s
                 shutil.rmtree(workdir)
                 number += 1
             if rng.random() < 0.2:
-                faults["grader of the long run"] += kill_a_child(steady.pid, rng)
+                faults["grader of the long run"] += kill_a_grader(steady.pid, rng)
             if steady.poll() is not None:
                 log = (folder / "steady.log").read_text()[-2000:]
                 lost.append(f"the long run ended with {steady.returncode}: {log}")
@@ -170,7 +172,7 @@ def one_life(
     """Lets a run go on for some seconds, does something to it, and waits for its end.
 
     Returns:
-        Its exit code, and whether it lived long enough for the fault.
+        Its exit code, and whether the fault took effect: the run may have come to its end before.
     """
     try:
         return process.wait(delay), False
@@ -186,11 +188,17 @@ def one_life(
         hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**16, hard))
     elif kind == "grader":
-        struck = kill_a_child(process.pid, rng)
+        struck = kill_a_grader(process.pid, rng)
     else:
         process.kill()
     code = process.wait(PEACE)
-    if kind == "truncate":
+    if kind == "stop":
+        struck = struck and not (workdir / "result.json").exists()
+    elif kind == "disk":
+        struck = code == 2
+    elif kind != "grader":
+        struck = code == -signal.SIGKILL
+    if kind == "truncate" and struck:
         struck = cut_newest(workdir)
     return code, struck
 
@@ -202,16 +210,23 @@ def listens(process: int) -> bool:
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
-def kill_a_child(process: int, rng: random.Random) -> bool:
-    """Kills one of the processes that a process started, if there is any."""
-    children = [
-        int(child)
-        for task in Path(f"/proc/{process}/task").glob("*/children")
-        for child in task.read_text().split()
-    ]
-    if children:
-        os.kill(rng.choice(children), signal.SIGKILL)
-    return bool(children)
+def kill_a_grader(process: int, rng: random.Random) -> bool:
+    """Kills one of the grading workers that a process started, if there is any."""
+    workers = []
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended since, as its workers may below
+            children = task.read_text().split()
+            workers += [int(child) for child in children if is_grader(int(child))]
+    with contextlib.suppress(ProcessLookupError):
+        if workers:
+            os.kill(rng.choice(workers), signal.SIGKILL)
+            return True
+    return False
+
+
+def is_grader(process: int) -> bool:
+    """Whether a process runs the grading program; one that has ended has no command line any more."""
+    return b"_grading_worker.py" in Path(f"/proc/{process}/cmdline").read_bytes()
 
 
 def cut_newest(workdir: Path) -> bool:

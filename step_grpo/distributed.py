@@ -37,7 +37,13 @@ SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", 
 CHUNK = 2**20  # bytes of a process that pass the devices at a time; one size, so one program
 HEADER = 16  # bytes: the process and the length of what it sends
 SILENT_FOR = 60  # seconds without a sign of life, after which a process counts as dead
-LOST = re.compile(r"Gloo|coordination service|distributed service|heartbeat|[Bb]arrier|UNAVAILABLE")
+# What Gloo and JAX's coordination service say of it, and nobody else: a bucket is UNAVAILABLE too at times.
+LOST = re.compile(
+    r"Gloo [\w -]+ failed|Failed to send RPC to coordination service|target coordination_service"
+    r"|CoordinationService/|[Cc]oordination service (?:has|is shutting|was)|JAX distributed service detected"
+    r"|the remote task has failed|(?:Barrier|Shutdown barrier)[\w ]* (?:timed out\. Id:|failed(?: because)?:)"
+    r"|stopped sending heartbeats"
+)
 SEEN_WITHIN = 10.0  # seconds for a new file to be seen by all hosts
 T = TypeVar("T")
 

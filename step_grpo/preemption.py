@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from types import TracebackType
 from typing import Any, Self
 
@@ -86,7 +87,7 @@ class Notice:
             self._hear(name, f"{name}: saving what is done; once more to stop at once")
 
     def _ask_host(self) -> None:
-        while not (why := host_is_taken_away()):
+        while not (why := _host_says()):
             if self._left.wait(HOST_ASKED_EVERY):
                 return
         self._hear(why, f"the host is about to be taken away ({why}): saving what is done")
@@ -107,6 +108,14 @@ class Notice:
     def watched(self, engine: RolloutEngine) -> "Watched":
         """The engine, whose calls raise `StoppedError` in every process once any was asked to stop."""
         return Watched(engine, self)
+
+
+def _host_says() -> str:
+    """Why the host is about to be taken away; empty while it is not, or says nothing that can be read."""
+    try:
+        return host_is_taken_away()
+    except (OSError, HTTPException, ValueError):  # an answer that breaks off, or that is no HTTP or no text
+        return ""
 
 
 class Watched:

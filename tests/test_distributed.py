@@ -160,6 +160,30 @@ def test_process_whose_peer_is_killed_ends_promptly_and_says_why(killed):
     assert_left_alone(ended[1 - killed])
 
 
+LOST = (
+    "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed",
+    "FAILED_PRECONDITION: Gloo context initialization failed: connect timeout",
+    "UNAVAILABLE: Failed to send RPC to coordination service. Either the leader task was preempted",
+    "UNAVAILABLE: Socket closed\nAdditional GRPC error information from remote target coordination_service",
+    "DEADLINE_EXCEEDED: Barrier timed out. Id: step:7. This usually happens because a task",
+    "INTERNAL: Barrier failed because: task 1 is unhealthy",
+    "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n/job:jax_worker/task:1",
+    "UNAVAILABLE: Task 1 heartbeat timeout. This indicates that the remote task has failed, got preempted",
+)
+OTHERS = (
+    "503 UNAVAILABLE: the bucket's server asks for patience",
+    "503 GET https://storage.googleapis.com/storage/v1/b/runs: Service Unavailable",
+    "wandb: the heartbeat of the run failed: UNAVAILABLE",
+    "the Barrier option of the reward failed",
+    "config.data.name: no such file or folder: Gloom/coordination service.jsonl",
+)
+
+
+def test_only_what_jax_and_gloo_say_is_told_as_the_end_of_another_process():
+    assert [text for text in LOST if not distributed.LOST.search(text)] == []
+    assert [text for text in OTHERS if distributed.LOST.search(text)] == []
+
+
 # ---------------------------------------------------------------------- who is who
 
 

@@ -76,9 +76,12 @@ def host(monkeypatch):
     class Metadata(BaseHTTPRequestHandler):
         def do_GET(self):
             assert self.headers["Metadata-Flavor"] == "Google"
+            if says.get("raw"):
+                says["asked"] = says.get("asked", 0) + 1
+                return self.wfile.write(says["raw"])
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(says[self.path.removeprefix("/computeMetadata/v1/instance/")].encode())
+            return self.wfile.write(says[self.path.removeprefix("/computeMetadata/v1/instance/")].encode())
 
         def log_message(self, *_):
             pass
@@ -113,6 +116,23 @@ def test_notice_of_maintenance_stops_the_run_like_a_signal(host, name, value, ca
         time.sleep(0.1)
         assert notice.came == came
     assert f"the host is about to be taken away ({came}): saving what is done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"no HTTP\r\n\r\n", b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\nNO", b"HTTP/1.0 200 OK\r\n\r\n\xff"],
+)
+def test_notice_is_still_heard_after_answers_that_cannot_be_read(host, raw):
+    host["raw"] = raw
+    with Notice(on_tpu=lambda: True) as notice:
+        until = time.monotonic() + 10
+        while host.get("asked", 0) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not notice.came
+        host.update(raw=b"", preempted="TRUE")
+        while not notice.came and time.monotonic() < until:
+            time.sleep(0.01)
+        assert notice.came == "preempted"
 
 
 def test_host_is_asked_on_a_tpu_alone(host):

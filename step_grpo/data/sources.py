@@ -293,15 +293,16 @@ def _read_parquet(config: ConfigDict, where: str) -> _Table:
         ValueError,
     ) as error:  # of a damaged file, also names that are no UTF-8
         raise UserError(f"{where}.name: {path} is not readable as parquet: {_line(error)}") from None
-    return _Table(str(path), path.name, "row", _arrow_rows(table))
+    return _Table(str(path), path.name, "row", _arrow_rows([table]))
 
 
-def _arrow_rows(table: pa.Table) -> Iterator[tuple[int, Mapping[str, Any] | _BadRowError]]:
-    number = 0
-    for batch in table.to_batches(max_chunksize=1024):
-        for row in _python_rows(batch):
-            yield number, row
-            number += 1
+_ARROW_ROWS = 1024  # that become Python values at a time
+
+
+def _arrow_rows(tables: Iterable[pa.Table]) -> Iterator[tuple[int, Mapping[str, Any] | _BadRowError]]:
+    """The rows of tables, one after another, numbered from 0."""
+    batches = (batch for table in tables for batch in table.to_batches(max_chunksize=_ARROW_ROWS))
+    return enumerate(row for batch in batches for row in _python_rows(batch))
 
 
 def _python_rows(batch: pa.RecordBatch) -> list[Mapping[str, Any] | _BadRowError]:
@@ -310,11 +311,22 @@ def _python_rows(batch: pa.RecordBatch) -> list[Mapping[str, Any] | _BadRowError
     A batch with such a row fails as a whole, so it is then read row by row.
     """
     try:
-        return batch.to_pylist()
-    except (ValueError, OverflowError, KeyError, pa.ArrowException) as error:
+        return [_without_json(row, batch.schema) for row in batch.to_pylist()]
+    except (ValueError, OverflowError, KeyError, RecursionError, pa.ArrowException) as error:
         if batch.num_rows == 1:
             return [_BadRowError(f"cannot be read ({_line(error)})")]
     return [row for number in range(batch.num_rows) for row in _python_rows(batch.slice(number, 1))]
+
+
+def _without_json(value: Any, kind: pa.Schema | pa.DataType) -> Any:
+    """A value of Arrow, with what is JSON in it parsed: `datasets` stores so what differs from row to row."""
+    if isinstance(kind, pa.JsonType):
+        return value if value is None else json.loads(value)
+    if isinstance(value, dict) and isinstance(kind, pa.Schema | pa.StructType):
+        return {name: _without_json(inner, kind.field(name).type) for name, inner in value.items()}
+    if isinstance(value, list) and isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
+        return [_without_json(inner, kind.value_type) for inner in value]
+    return value
 
 
 def _roots(config: ConfigDict, names: list[str]) -> list[str]:
@@ -339,6 +351,9 @@ def _read_hf(config: ConfigDict, where: str) -> _Table:
     try:
         dataset = _load_local(datasets, local, config) if local.exists() else _load_named(datasets, config)
         dataset = dataset.select_columns(_roots(config, dataset.column_names))
+        _refuse_media(datasets, dataset.features, config, where)
+    except UserError:
+        raise
     except Exception as error:  # any failure to read is the dataset's, and comes in many types
         _refuse_hf(error, config, where)
     finally:
@@ -347,7 +362,28 @@ def _read_hf(config: ConfigDict, where: str) -> _Table:
             datasets.enable_progress_bars()
     key = local.name if local.exists() else config.name
     label = f"{config.name}, split {config.split}"
-    return _Table(label, f"{key}/{config.split}", "row", enumerate(dataset))
+    return _Table(label, f"{key}/{config.split}", "row", _arrow_rows(_hf_tables(dataset, config, where)))
+
+
+def _hf_tables(dataset: Any, config: ConfigDict, where: str) -> Iterator[pa.Table]:
+    """The stored rows themselves: what `datasets` makes of them may open a file that a row names."""
+    try:
+        yield from dataset.with_format("arrow").iter(_ARROW_ROWS)
+    except (pa.ArrowException, OSError, ValueError) as error:  # of a damaged file
+        _refuse_hf(error, config, where)
+
+
+def _refuse_media(datasets: Any, features: Any, config: ConfigDict, where: str) -> None:
+    """Images, sounds and the like are no text, whatever is in them."""
+    fields = {"prompt_column": (config.prompt_column,), "answer_column": (config.answer_column,)}
+    for field, columns in {**fields, "choice_columns": config.choice_columns}.items():
+        for column in columns:
+            kind = features.get(column)
+            if hasattr(kind, "decode_example") and not isinstance(kind, datasets.Json):
+                raise UserError(
+                    f"{where}.{field}: {config.name}, split {config.split}: column {column!r} is of the type "
+                    f"{type(kind).__name__}, not text"
+                )
 
 
 def _load_named(datasets: Any, config: ConfigDict) -> Any:
@@ -416,8 +452,17 @@ def _read_tfds(config: ConfigDict, where: str) -> _Table:
         raise UserError(f"{where}.{field}: cannot load the TFDS dataset {name!r}: {text}") from error
     finally:
         logging.set_verbosity(verbosity)
-    rows = ((number, source[number]) for number in range(len(source)))
-    return _Table(f"{name}, split {config.split}", f"{builder.info.full_name}/{config.split}", "row", rows)
+    label = f"{name}, split {config.split}"
+    return _Table(label, f"{builder.info.full_name}/{config.split}", "row", _decoded(source))
+
+
+def _decoded(source: Sequence[Any]) -> Iterator[tuple[int, Mapping[str, Any] | _BadRowError]]:
+    """The rows of a source that decodes each when it is asked for it."""
+    for number in range(len(source)):
+        try:
+            yield number, source[number]
+        except Exception as error:  # any failure to decode is the row's, and comes in many types
+            yield number, _BadRowError(f"cannot be read ({_line(error)})")
 
 
 def _prepared(tfds: Any, name: str, where: str) -> Any:

@@ -216,7 +216,7 @@ class Grader:
         """Grades completions against their reference answers, in order.
 
         Equal pairs of box and answer are graded once. The time is bounded by about `deadline * pairs /
-        workers` and a start of a worker for each one that fails.
+        workers` and a start of a worker for each one that fails, twice that where workers die.
 
         Args:
             completions: Whole completions.
@@ -252,14 +252,15 @@ class Grader:
         return grades
 
     def _verify(self, pairs: Iterable[Pair]) -> dict[Pair, Verdict]:
-        """Asks math-verify about every pair; one whose worker fails gets an error and is not tried again."""
+        """Asks math-verify about every pair; one that takes too much, or kills two workers, gets an error."""
         waiting, verdicts = deque(pairs), dict[Pair, Verdict]()
+        survived = set[Pair]()  # the first death of their worker, which may have had nothing to do with them
         while waiting or any(process.pairs for process in self._processes):
             self._hand_out(waiting)
             patience = max(0.0, min(process.due for process in self._processes) - time.monotonic())
             readable = wait([process.replies for process in self._processes], patience)
             for process in list(self._processes):
-                verdicts.update(self._hear(process, process.replies in readable, waiting))
+                verdicts.update(self._hear(process, process.replies in readable, waiting, survived))
         return verdicts
 
     def _hand_out(self, waiting: deque[Pair]) -> None:
@@ -277,19 +278,23 @@ class Grader:
             self._processes.append(GradingProcess(self._deadline, self._memory_mib))
 
     def _hear(
-        self, process: GradingProcess, readable: bool, waiting: deque[Pair]
+        self, process: GradingProcess, readable: bool, waiting: deque[Pair], survived: set[Pair]
     ) -> list[tuple[Pair, Verdict]]:
         """Takes a worker's replies, its end, or its overstepping of the time.
 
-        The first pair of a worker that ends is lost; those behind it go back to `waiting`, as do all that are
-        left with a worker that is replaced.
+        The first pair of a worker that is given up is lost, and of one that died by itself if the pair is one
+        of `survived`; others go back to `waiting`, as do all that are left with a worker that is replaced.
         """
         try:
             verdicts = process.receive() if readable else []
             if not readable and time.monotonic() >= process.due:
                 raise WorkerDied("deadline" if process.ready else "it took too long to start")
         except WorkerDied as death:
-            verdicts = [(process.pairs.popleft(), (False, str(death)))] if process.pairs else []
+            verdicts = []
+            if process.pairs and death.by_itself and process.pairs[0] not in survived:
+                survived.add(process.pairs[0])
+            elif process.pairs:
+                verdicts = [(process.pairs.popleft(), (False, str(death)))]
             waiting.extendleft(reversed(process.pairs))
             self._retire(process)
             if not process.ready:

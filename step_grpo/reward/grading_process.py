@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,7 +29,15 @@ Verdict = tuple[bool, str | None]
 
 
 class WorkerDied(Exception):
-    """A grading process ended, or must be ended; the message says why."""
+    """A grading process ended, or must be ended; the message says why.
+
+    Attributes:
+        by_itself: Whether it ended, for whatever reason but its limits: nobody gave it up.
+    """
+
+    def __init__(self, why: str, *, by_itself: bool = False) -> None:
+        super().__init__(why)
+        self.by_itself = by_itself
 
 
 class GradingProcess:
@@ -122,7 +131,7 @@ class GradingProcess:
         """
         chunk = os.read(self.replies, 65536)
         if not chunk:
-            raise WorkerDied(self._obituary())
+            raise self._obituary()
         *lines, self._unread = (self._unread + chunk).split(b"\n")
         verdicts = []
         for line in lines:
@@ -144,10 +153,13 @@ class GradingProcess:
         self.answers, self.spent = self.answers + 1, message["memory"]
         return pair, (message["correct"], "memory" if self.spent and not message["correct"] else None)
 
-    def _obituary(self) -> str:
+    def _obituary(self) -> WorkerDied:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1)
-        return f"worker died (exit status {self._process.poll()})"
+        status = self._process.poll()
+        if status == -signal.SIGALRM:  # its own alarm, before its parent came to look
+            return WorkerDied("deadline")
+        return WorkerDied(f"worker died (exit status {status})", by_itself=True)
 
     def kill(self) -> None:
         """Ends the process at once, whatever it is doing."""

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import fuzz
 from benchmarks.fuzz import Counter
 
-CASES = {"config": 200, "jsonl": 200, "parquet": 60, "triggers": 400, "phases": 40}
+CASES = {"config": 200, "jsonl": 200, "parquet": 60, "hf": 20, "triggers": 400, "phases": 40}
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)

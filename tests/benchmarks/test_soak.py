@@ -1,9 +1,11 @@
-"""The parts of the soak; itself it takes minutes."""
+"""The parts of the soak, and a few seconds of it around a job that does nothing but survive."""
 
 import os
 import random
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from short_run import short_config
@@ -32,7 +34,8 @@ def test_questions_have_bad_rows_that_are_dropped_with_a_count_or_refused(tmp_pa
 
 CHILD = """
 import signal, subprocess, sys
-sleep = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+sleep = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "_grading_worker.py"])
+other = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
 print("ready", flush=True)
 sleep.wait()
 signal.signal(signal.SIGTERM, lambda *_: None)
@@ -41,17 +44,17 @@ sys.stdin.read()
 """
 
 
-def test_child_is_killed_and_a_handler_is_seen():
+def test_grading_worker_is_killed_and_a_handler_is_seen():
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdin and process.stdout
     assert process.stdout.readline() == "ready\n"
     assert not soak.listens(process.pid)
-    assert soak.kill_a_child(process.pid, random.Random(0))
+    assert soak.kill_a_grader(process.pid, random.Random(0))
     assert process.stdout.readline() == "-9\n"
     assert soak.listens(process.pid)
-    assert not soak.kill_a_child(process.pid, random.Random(0))
+    assert not soak.kill_a_grader(process.pid, random.Random(0))
     memory, files = soak.held_by(process.pid)
     assert memory > 1e6 and files >= 3
     process.communicate()
@@ -66,3 +69,130 @@ def test_newest_checkpoint_is_cut_only_where_there_is_one_before(tmp_path):
         assert soak.cut_newest(tmp_path) == (step == "000002")
     sizes = [os.path.getsize(tmp_path / "checkpoints" / s / "weights") for s in ("000001", "000002")]
     assert sizes == [100, 99]
+
+
+# A run as the soak sees it: steps, checkpoints, a grading worker.
+JOB = r"""
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+workdir, steps, broken = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+asked = []
+workdir.mkdir(exist_ok=True)
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+(workdir / ".lock").touch()
+worker = [sys.executable, "-SEc", "import sys; sys.stdin.read()", "_grading_worker.py"]
+start = lambda: subprocess.Popen(worker, stdin=subprocess.PIPE)
+
+def whole(folder):
+    run = folder / "run.json"
+    return run.exists() and (folder / "weights").stat().st_size == json.loads(run.read_text())["size"]
+
+def saved():
+    return sorted(path for path in (workdir / "checkpoints").glob("[0-9]*") if whole(path))
+
+(workdir / "result.json").unlink(missing_ok=True)
+begin = int(saved()[-1].name) if saved() else 0
+metrics = workdir / "metrics.jsonl"
+kept = metrics.read_text().splitlines()[:begin] if metrics.exists() else []
+assert len(kept) == begin
+metrics.write_text("".join(line + "\n" for line in kept))
+grading = start()
+try:
+    for step in range(begin + 1, steps + 1):
+        time.sleep(0.04)
+        if grading.poll() is not None:
+            grading = start()
+        with metrics.open("a") as file:
+            print(json.dumps({"step": step, "loss": step / 7, "update_seconds": time.time()}), file=file)
+        partial, folder = (workdir / "checkpoints" / name for name in (".partial", f"{step:06}"))
+        for left in (partial, folder):
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / "weights").write_bytes(bytes(100_000))
+        (partial / "run.json").write_text(json.dumps({"size": 100_000}))
+        partial.rename(folder)
+        for old in saved()[:-2]:
+            shutil.rmtree(old)
+        if asked:
+            sys.exit(0)
+    (workdir / "export").mkdir(exist_ok=True)
+    (workdir / "export" / "model.safetensors").write_bytes(bytes(100_000))
+except OSError as error:
+    print(error)
+    sys.exit(2)
+for name in ("before", "after"):
+    (workdir / f"completions_{name}.jsonl").write_text(name)
+wrong = broken == "broken" and workdir.name != "peace"
+(workdir / "result.json").write_text(json.dumps({"before": 0, "after": int(wrong), "exits": 2}))
+"""
+
+
+FAULTS = len(soak.FORGED) + 3
+
+
+def soaked(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str, seconds: float) -> dict[str, Any]:
+    def start(workdir: Path, data: Path, steps: int, *changes: str) -> subprocess.Popen:
+        assert data.exists()
+        with workdir.with_suffix(".log").open("ab") as log:
+            line = [sys.executable, "-SEc", JOB, str(workdir), str(steps), job]
+            return subprocess.Popen(line, stdout=log, stderr=log)
+
+    monkeypatch.setattr(soak, "start", start)
+    for number in range(3):  # longer, where the machine is too busy for much to come to pass
+        (folder / str(number)).mkdir()
+        result = soak.soak(folder / str(number), seconds * 4**number, 6, random.Random(0))
+        if result["finished"] and result["faults"] >= FAULTS:
+            break
+    return result
+
+
+def test_job_that_survives_every_fault_loses_nothing(tmp_path, monkeypatch, capsys):
+    result = soaked(tmp_path, monkeypatch, "whole", seconds=5)
+    assert result["lost"] == 0, capsys.readouterr().out
+    assert result["finished"] > 0
+    assert result["faults"] == sum(result["by_kind"].values()) >= FAULTS
+
+
+def test_job_that_ends_otherwise_than_in_peace_has_lost_something(tmp_path, monkeypatch):
+    result = soaked(tmp_path, monkeypatch, "broken", seconds=2.5)
+    assert result["lost"] == result["finished"] > 0
+
+
+ENDS = """
+import signal, sys, time
+from pathlib import Path
+if sys.argv[1] == "listens":
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    Path(sys.argv[2], ".lock").touch()
+time.sleep(0.6)
+Path(sys.argv[2], "result.json").touch()
+"""
+
+
+@pytest.mark.parametrize("kind", ["stop", "disk", "grader"])
+def test_fault_that_a_run_does_not_feel_is_not_counted(tmp_path, kind):
+    """It comes to its end all the same: nothing more was to be written, or no worker is there."""
+    process = subprocess.Popen([sys.executable, "-SEc", ENDS, "listens", str(tmp_path)])
+    assert soak.one_life(process, kind, 0.4, tmp_path, random.Random(0)) == (0, False)
+
+
+@pytest.mark.parametrize("kind", ["kill", "truncate"])
+def test_kill_that_comes_when_the_run_has_ended_is_not_counted(tmp_path, kind):
+    for step in ("000001", "000002"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+        (tmp_path / "checkpoints" / step / "run.json").write_text("{}")
+
+    class Ended:
+        pid, ends = 0, iter([subprocess.TimeoutExpired("run", 0)])
+
+        def wait(self, seconds: float) -> int:
+            for late in self.ends:
+                raise late
+            return 0
+
+        def kill(self) -> None:
+            """It is too late."""
+
+    assert soak.one_life(Ended(), kind, 0, tmp_path, random.Random(0)) == (0, False)
+    assert (tmp_path / "checkpoints" / "000002" / "run.json").read_text() == "{}"

@@ -2,6 +2,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -301,6 +302,103 @@ def test_parquet_rows_that_are_no_python_values_are_named_or_dropped(tmp_path):
     assert message.startswith("config.data.name") and "row 1: cannot be read" in message
     questions = load(source="parquet", name=str(path), bad_rows="drop")
     assert pairs(questions) == [("Q", "1"), ("R", "3")] and questions.dropped == 1
+
+
+BAD_PROBLEMS = {
+    "codec can't decode": pa.array([b"Q", b"\xff\xfe", b"R"], pa.binary()).view(pa.string()),
+    "out of range": pa.StructArray.from_arrays(
+        [pa.array(["Q", "P", "R"]), pa.array([None, 2**62, None], pa.timestamp("us"))], ["text", "when"]
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("why", "prompt"), [("codec can't decode", "problem"), ("out of range", "problem.text")]
+)
+def test_row_of_hugging_face_that_is_no_python_value_is_named_or_dropped(tmp_path, why, prompt):
+    pq.write_table(
+        pa.table({"problem": BAD_PROBLEMS[why], "answer": ["1", "2", "3"]}), tmp_path / "rows.parquet"
+    )
+    fields = {"source": "hf", "name": str(tmp_path / "rows.parquet"), "prompt_column": prompt}
+    message = refusal(**fields)
+    assert message.startswith("config.data.name") and "split train, row 1: cannot be read" in message
+    assert why in message and "bad_rows=drop" in message
+    questions = load(bad_rows="drop", **fields)
+    assert pairs(questions) == [("Q", "1"), ("R", "3")] and questions.dropped == 1
+    assert [q.id for q in questions] == ["rows.parquet/train:0", "rows.parquet/train:2"]
+
+
+def test_line_of_hugging_face_that_is_not_utf8_is_named_or_dropped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = [json.dumps(row).encode() for row in ROWS[:2]]
+    path.write_bytes(b"\n".join([good[0], b'{"problem": "\xff", "answer": "1"}', good[1]]))
+    assert "split train, row 1: cannot be read" in refusal(source="hf", name=str(path))
+    questions = load(source="hf", name=str(path), bad_rows="drop")
+    assert pairs(questions) == EXPECTED[:2] and questions.dropped == 1
+
+
+def test_objects_of_hugging_face_that_are_not_all_alike_are_read(tmp_path):
+    rows = [{"problem": {"a": "Q"}, "answer": "1"}, {"problem": [{"b": "R"}], "answer": "2"}]
+    name = jsonl(tmp_path, rows)
+    first = load(source="hf", name=name, prompt_column="problem.a", bad_rows="drop")
+    second = load(source="hf", name=name, prompt_column="problem.0.b", bad_rows="drop")
+    assert pairs(first) + pairs(second) == [("Q", "1"), ("R", "2")]
+
+
+def test_row_of_tfds_that_cannot_be_decoded_is_named_or_dropped(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    decode = tfds.features.FeaturesDict.deserialize_example_np
+
+    def second_fails(self, example, **others):
+        row = decode(self, example, **others)
+        if row["problem"].startswith(b" What is 1 "):
+            raise TypeError("no such wire type")
+        return row
+
+    folder = write_tfds(tmp_path)
+    monkeypatch.setattr(tfds.features.FeaturesDict, "deserialize_example_np", second_fails)
+    message = refusal(source="tfds", name=str(folder))
+    assert "split train, row 1: cannot be read (no such wire type); mend it" in message
+    questions = load(source="tfds", name=str(folder), bad_rows="drop")
+    assert pairs(questions) == [EXPECTED[0], *EXPECTED[2:]] and questions.dropped == 1
+
+
+@pytest.fixture
+def opened(tmp_path) -> Iterator[list[str]]:
+    """When `secret.txt` in the test's folder was opened; the hook stays, and is deaf behind it."""
+    secret, found, listening = str(tmp_path / "secret.txt"), [], [True]
+    Path(secret).write_text("not for a prompt")
+
+    def hear(event: str, args: tuple) -> None:
+        if event == "open" and listening and str(args[0]) == secret:
+            found.append(secret)
+
+    sys.addaudithook(hear)
+    yield found
+    listening.clear()
+
+
+def test_path_in_a_row_is_never_opened(tmp_path, opened):
+    """`datasets` decodes images, so opens their paths; the file itself says that a column has images."""
+    image = {"bytes": None, "path": str(tmp_path / "secret.txt")}
+
+    def fields(kind: object, value: object, column: str) -> dict[str, str]:
+        kinds = datasets.Features({"problem": kind, "answer": datasets.Value("string")})
+        rows = [{"problem": value, "answer": "1"}]
+        pq.write_table(pa.Table.from_pylist(rows, kinds.arrow_schema), tmp_path / f"{column}.parquet")
+        return {"source": "hf", "name": str(tmp_path / f"{column}.parquet"), "prompt_column": column}
+
+    picture = {"text": datasets.Value("string"), "image": datasets.Image()}
+    beside = load(**fields(picture, {"text": "Q", "image": image}, "problem.text"))
+    assert pairs(beside) == [("Q", "1")]
+    whole = fields(datasets.Image(), image, "problem")
+    for bad_rows in ("error", "drop"):
+        message = refusal(bad_rows=bad_rows, **whole)
+        assert message.startswith("config.data.prompt_column") and "'problem' is of the type Image" in message
+    assert not opened
+    Path(image["path"]).read_text()
+    assert opened  # the hook hears
 
 
 def test_damaged_parquet_file_with_a_column_name_that_is_no_text_is_named(tmp_path):

@@ -296,7 +296,7 @@ def test_pairs_behind_one_that_never_ends_are_graded_by_another_worker() -> None
     assert grades == [Grade(True, True)] * 5 + [Grade(False, True, "deadline")] + [Grade(True, True)] * 5
 
 
-def test_a_batch_survives_a_worker_killed_from_outside() -> None:
+def test_a_batch_loses_nothing_where_a_worker_is_killed_from_outside() -> None:
     with Grader(workers=2, deadline=30) as grader:
         grader.grade_many([box("2x"), box("4x")], ["x+x", "x+3x"])
         victim = next(process for process in grader._processes if process.ready)  # one may still be starting
@@ -311,10 +311,61 @@ def test_a_batch_survives_a_worker_killed_from_outside() -> None:
         slow = [box(f"\\sum_{{n=1}}^{{{count}}} n^2") for count in range(3000, 3012)]
         grades = grader.grade_many(slow, [f"{n * (n + 1) * (2 * n + 1)}/6" for n in range(3000, 3012)])
         killer.join()
-        lost = [grade for grade in grades if grade.error]
-        assert lost == [Grade(False, True, "worker died (exit status -9)")]
-        assert sum(grade.correct for grade in grades) == 11
-        assert grader.failures == 1
+        assert victim not in grader._processes
+        assert grades == [Grade(True, True)] * 12
+        assert grader.failures == 0
+
+
+STAND_IN = f"""
+import os, sys, time
+sys.path.insert(0, {str(Path(grading_process.__file__).parent)!r})
+import _grading_worker
+
+def judge(answer, guess):
+    if "9" in guess:
+        os.abort()
+    if "8" in guess:
+        time.sleep(30)
+    return guess == answer
+
+_grading_worker.load_judge = lambda: judge
+_grading_worker.main()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that a 9 in a box kills, and that an 8 keeps from answering."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setattr(grading_process, "_PROGRAM", tmp_path / "stand_in.py")
+
+
+def test_an_answer_that_kills_two_workers_is_given_up_and_costs_no_other(stand_in: None) -> None:
+    pairs = [(f"x+{a}{b}", f"x+{a}{b} ") for a in range(4) for b in (0, 9, 1)]
+    with Grader(workers=1, deadline=30) as grader:
+        grades = grader.grade_many([box(f"{guess} y") for guess, _ in pairs], [f"{a} y" for _, a in pairs])
+        killers = ["9" in guess for guess, _ in pairs]
+        assert [grade.error for grade in grades] == [
+            "worker died (exit status -6)" if killer else None for killer in killers
+        ]
+        assert grader.failures == 4
+
+
+def test_an_answer_whose_worker_was_late_is_not_tried_again(stand_in: None) -> None:
+    """Neither where its parent ends it, nor where its own alarm does while the parent is busy."""
+    begun = time.monotonic()
+    with Grader(workers=1, deadline=0.5) as grader:
+        assert grader.grade_many([box("x+8")], ["1"]) == [Grade(False, True, "deadline")]
+    assert time.monotonic() - begun < 30
+    process = grading_process.GradingProcess(0.2, 512)
+    while not process.ready:
+        process.receive()
+    process.send(("x+8", "1"))
+    process._process.wait(timeout=30)
+    with pytest.raises(grading_process.WorkerDied, match=r"^deadline$") as death:
+        process.receive()
+    assert not death.value.by_itself
+    process.kill()
 
 
 def test_a_worker_killed_between_batches_costs_nothing() -> None:
