@@ -27,7 +27,7 @@ import step_grpo
 from step_grpo import paths
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.distributed import anywhere, is_first
-from step_grpo.errors import FunctionError, UserError
+from step_grpo.errors import FunctionError, TransientError, UserError
 from step_grpo.grpo.update import TrainState
 from step_grpo.mesh import shardings
 from step_grpo.metrics import read_metrics
@@ -85,7 +85,8 @@ class Saver:
             figures: of the step's line of metrics.
 
         Raises:
-            UserError: `config.keep_best` is no metric, or a checkpoint cannot be written.
+            UserError: `config.keep_best` is no metric.
+            TransientError: a checkpoint cannot be written.
         """
         self._newest = progress, state
         best = self._config.keep_best.removeprefix("-")
@@ -101,7 +102,7 @@ class Saver:
         """Begins to write a checkpoint, unless it is there; returns when `state` is copied.
 
         Raises:
-            UserError: this checkpoint, or the one before it, cannot be written.
+            TransientError: this checkpoint, or the one before it, cannot be written.
         """
         self.finish()
         if progress == self._saved:
@@ -134,7 +135,7 @@ class Saver:
         """Waits until what was begun is complete in all processes.
 
         Raises:
-            UserError: in all of them, if one cannot write.
+            TransientError: in all of them, if one cannot write.
         """
         if self._thread is None or self._saved is None:
             return
@@ -150,7 +151,7 @@ class Saver:
         self._saved = None
         error = failure or OSError("another process of the run cannot write")
         replacing.__exit__(type(error), error, error.__traceback__)
-        raise UserError(
+        raise TransientError(
             f"{folder} cannot be written ({_line(error)}); make room or give the rights, then "
             f"{self._how_to_go_on()}"
         ) from failure

@@ -25,10 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import step_grpo
-from step_grpo import paths
+from step_grpo import hub, paths
 from step_grpo.distributed import is_first
 from step_grpo.errors import UserError
-from step_grpo.hub import offline
 from step_grpo.mesh import shardings
 from step_grpo.model.linear import Weight, axes_of, dense
 from step_grpo.model.qwen import (
@@ -343,18 +342,17 @@ def _snapshot(name: str, field: str) -> Path:
     from huggingface_hub import errors, snapshot_download  # noqa: PLC0415
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+    kind = UserError
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline()))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=hub.offline()))
     except errors.GatedRepoError:
         reason = "the Hub wants you to accept its licence and to log in (`hf auth login`)"
     except errors.RepositoryNotFoundError:
         reason = "the Hub has no such model, or it is private (`hf auth login`)"
     except Exception as error:  # one line for the user whatever goes wrong between here and the Hub
         unreachable = "the Hub cannot be reached (offline?), and the cache does not have it"
-        reason = unreachable if offline() else _one_line(error)
-    raise UserError(
-        f"{field}: {name!r} is no folder, and {reason}; give a folder, a Hub name, or builtin:tiny"
-    )
+        reason, kind = unreachable if hub.offline() else _one_line(error), hub.failure(error)
+    raise kind(f"{field}: {name!r} is no folder, and {reason}; give a folder, a Hub name, or builtin:tiny")
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
