@@ -7,6 +7,7 @@ heads joined (`[N*H, D]`); ours are `[in, out]`, heads apart (`wq_DNH`), and the
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -40,6 +41,7 @@ from step_grpo.model.qwen import (
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LOOKED_AT = 64  # values of each tensor that tell one model from another
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # never opened
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -150,6 +152,22 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         dtype=_check_tensors(files, config),
         files=files,
     )
+
+
+def checksum(checkpoint: Checkpoint) -> str:
+    """A checksum of the first values of every tensor, as float32: training changes nearly all of them.
+
+    It does not depend on the type that they are stored in, on shards or on devices.
+    """
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        handles = {path: stack.enter_context(_open(path)) for path in set(checkpoint.files.values())}
+        for name, path in sorted(checkpoint.files.items()):
+            tensor = handles[path].get_slice(name)
+            *outer, width = tensor.get_shape()
+            first = (*(slice(1) for _ in outer), slice(min(width, LOOKED_AT)))
+            digest.update(name.encode() + tensor[first].astype(np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def load_params(
