@@ -1,10 +1,11 @@
 """Checkpoints of a run: everything that resuming or exporting needs, in one folder a step.
 
 `WORKDIR/checkpoints/000010/` holds `params/` and `optimizer/` (Orbax), `model/` (configs and tokenizer, as
-in a Hugging Face folder) and `run.json` (step, data cursor, config, version, and the size of every file),
-written last: a folder without it is no checkpoint. `params/` is what is trained: all weights, or the adapter,
-whose base is loaded anew as the config says. On a disk the folder even appears under its name only when it is
-complete. Orbax's interface is used here alone.
+in a Hugging Face folder) and `run.json` (step, data cursor, config, version, checksums of the vocabulary and
+of the weights that the run began from, and the size of every file), written last: a folder without it is no
+checkpoint. `params/` is what is trained: all weights, or the adapter, whose base is loaded anew as the
+config says. On a disk the folder even appears under its name only when it is complete. Orbax's interface is
+used here alone.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ import step_grpo
 from step_grpo import paths
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.distributed import anywhere, is_first
-from step_grpo.errors import FunctionError, UserError
+from step_grpo.errors import FunctionError, TransientError, UserError
 from step_grpo.grpo.update import TrainState
 from step_grpo.mesh import shardings
 from step_grpo.metrics import read_metrics
@@ -85,7 +86,8 @@ class Saver:
             figures: of the step's line of metrics.
 
         Raises:
-            UserError: `config.keep_best` is no metric, or a checkpoint cannot be written.
+            UserError: `config.keep_best` is no metric.
+            TransientError: a checkpoint cannot be written.
         """
         self._newest = progress, state
         best = self._config.keep_best.removeprefix("-")
@@ -101,7 +103,7 @@ class Saver:
         """Begins to write a checkpoint, unless it is there; returns when `state` is copied.
 
         Raises:
-            UserError: this checkpoint, or the one before it, cannot be written.
+            TransientError: this checkpoint, or the one before it, cannot be written.
         """
         self.finish()
         if progress == self._saved:
@@ -134,7 +136,7 @@ class Saver:
         """Waits until what was begun is complete in all processes.
 
         Raises:
-            UserError: in all of them, if one cannot write.
+            TransientError: in all of them, if one cannot write.
         """
         if self._thread is None or self._saved is None:
             return
@@ -150,7 +152,7 @@ class Saver:
         self._saved = None
         error = failure or OSError("another process of the run cannot write")
         replacing.__exit__(type(error), error, error.__traceback__)
-        raise UserError(
+        raise TransientError(
             f"{folder} cannot be written ({_line(error)}); make room or give the rights, then "
             f"{self._how_to_go_on()}"
         ) from failure
@@ -178,6 +180,7 @@ class Saver:
             "config": plain(self._config),
             "version": step_grpo.__version__,
             "vocabulary": vocabulary_of(self._described.tokenizer),
+            "loaded": self._described.weights,
             "files": files,
         }
 
@@ -331,7 +334,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def check_same_model(folder: Path, run: Mapping[str, Any], described: Description) -> None:
-    """Refuses weights of another architecture or for another vocabulary.
+    """Refuses weights of another architecture, for another vocabulary, or begun from other weights.
+
+    What a run began from is the base of its adapter or its reference, and is loaded anew when it goes on.
 
     Raises:
         UserError: naming the field that differs.
@@ -348,6 +353,17 @@ def check_same_model(folder: Path, run: Mapping[str, Any], described: Descriptio
             f"{folder} was made with another vocabulary than that of config.model.tokenizer; use a new "
             "--workdir, or the same tokenizer"
         )
+    if _changed(run, described):
+        raise UserError(
+            f"{folder} began from other weights than those that "
+            f"{run['config']['model']['checkpoint']!r} (config.model.checkpoint) has now; use a new "
+            "--workdir, or the old weights"
+        )
+
+
+def _changed(run: Mapping[str, Any], described: Description) -> bool:
+    """Whether the model that a run names has other weights than when it began; older runs do not tell."""
+    return run.get("loaded") not in (None, described.weights)
 
 
 FREE_FIELDS = (
@@ -434,15 +450,16 @@ def open_model(name: str | Path, mesh: Mesh | None = None) -> Opened:
         mesh: over which the weights are to lie; None for one device.
 
     Raises:
-        UserError: there is no such checkpoint, or it is damaged.
+        UserError: there is no such checkpoint, it is damaged, or the base of its adapter has changed.
     """
     folder = paths.folder(name)
     if steps := saved_steps(folder):
         folder = steps[-1]
     if (folder / RUN).is_file():
         described = read_description(folder / "model")
-        settings = read_run(folder)["config"]
-        params, adapter = _read_weights(folder, described.config, ConfigDict(settings), mesh)
+        run = read_run(folder)
+        settings = run["config"]
+        params, adapter = _read_weights(folder, described.config, run, mesh)
         files = paths.fetched(folder / "model")
         return Opened(described, params, files, settings["export_dtype"], settings, adapter)
     source = load_checkpoint(resolve_checkpoint(str(name), field="--checkpoint"))
@@ -452,16 +469,22 @@ def open_model(name: str | Path, mesh: Mesh | None = None) -> Opened:
 
 
 def _read_weights(
-    folder: Path, cfg: QwenConfig, config: ConfigDict, mesh: Mesh | None
+    folder: Path, cfg: QwenConfig, run: Mapping[str, Any], mesh: Mesh | None
 ) -> tuple[Params, Params | None]:
     """The weights of a checkpoint; with LoRA the base that its config names, and the adapter beside it."""
+    config = ConfigDict(run["config"])
     if not config.get("lora", {}).get("rank", 0):  # older checkpoints know no adapters
         return load_tree(folder / "params", _lying(abstract_params(cfg), param_shardings(cfg, mesh))), None
     targets = tuple(config.lora.targets)
     like = jax.eval_shape(partial(lora.init_adapter, cfg, config.lora.rank, targets, config.seed))
     where = shardings(mesh, lora.adapter_axes(cfg, targets), like) if mesh else None
     adapter = load_tree(folder / "params", _lying(like, where) if where else like)
-    _, base = load_model(config.model, config.seed, mesh, lora.keeper(config))
+    described, base = load_model(config.model, config.seed, mesh, lora.keeper(config))
+    if _changed(run, described):
+        raise UserError(
+            f"{folder} holds an adapter of {config.model.checkpoint!r}, whose weights have changed since; "
+            "put back those that it was trained beside"
+        )
     return lora.attacher(config.lora)(adapter, base), adapter
 
 

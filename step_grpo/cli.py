@@ -10,7 +10,8 @@ its overrides, every other parameter is a flag of its name, and one without a de
 
     python -m step_grpo.main --config=configs/tiny.py:arg --config.grpo.learning_rate=3e-6 --workdir=DIR
 
-A mistake of the user is one line on stderr and exit code 2; anything else keeps its traceback.
+A mistake of the user is one line on stderr and exit code 2; so is what goes wrong around the program and may
+be well later (a full disk, no network), with exit code 75. Anything else keeps its traceback.
 """
 
 import difflib
@@ -24,15 +25,16 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from step_grpo import paths
-from step_grpo.errors import UserError
+from step_grpo.errors import TransientError, UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a full or read-only disk
+REFUSALS = (401, 403, 404)  # of a bucket: there is none of that name, or it is not ours to write to
 SHIPPED = Path(__file__).parent  # a wheel brings `configs/` along, beside this file
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 
@@ -40,8 +42,9 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
     """Calls `main` with what the command line says.
 
-    Exits with 2 after a user's mistake, with 130 after Ctrl-C, each told in one line on stderr. One of
-    several processes exits with 1 where anything else goes wrong (`distributed.fail`).
+    Exits with 2 after a user's mistake, with 75 where the same line may work later, with 130 after Ctrl-C,
+    each told in one line on stderr. One of several processes exits with 1 where anything else goes wrong
+    (`distributed.fail`), and never waits for those that wait for it (`distributed.leave`).
     """
     argv = sys.argv if argv is None else argv
     if {"--help", "-h", "-help"} & set(argv[1:]):
@@ -49,26 +52,32 @@ def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
         return
     try:
         main(**parse(main, argv))
-    except UserError as error:
-        print(f"step_grpo: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        print(
-            f"step_grpo: error: {what}; make room or give the rights, and run the same line again",
-            file=sys.stderr,
-        )
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("step_grpo: stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+        _end("stopped by Ctrl-C", 130)
     except Exception as error:
+        if told := _told(error):
+            _end(f"error: {' '.join(str(told).split())}", told.exit_code)
         from step_grpo import distributed  # noqa: PLC0415 (some commands do without JAX)
 
         distributed.fail(error)
         raise
+
+
+def _told(error: Exception) -> UserError | None:
+    """An error that is told in one line; None for a bug."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return TransientError(f"{what}; make room or give the rights, and run the same line again")
+    return error if isinstance(error, UserError) else None
+
+
+def _end(said: str, code: int) -> NoReturn:
+    print(f"step_grpo: {said}", file=sys.stderr)
+    if "step_grpo.distributed" in sys.modules:  # else there are no other processes, and perhaps no JAX
+        from step_grpo import distributed  # noqa: PLC0415
+
+        distributed.leave(code)
+    sys.exit(code)
 
 
 def parse(main: Callable[..., None], argv: Sequence[str]) -> dict[str, Any]:
@@ -184,7 +193,11 @@ def _folder_in_bucket(name: str, value: str) -> Path:
     except ImportError:
         raise UserError(f"--{name}={value}: needs more packages; pip install 'step_grpo[gcs]'") from None
     except Exception as error:  # whatever the client of the bucket raises
-        raise UserError(f"--{name}={value}: cannot be written ({error or type(error).__name__})") from None
+        refused = isinstance(error, FileNotFoundError | PermissionError) or (
+            getattr(error, "code", None) in REFUSALS
+        )
+        kind = UserError if refused else TransientError
+        raise kind(f"--{name}={value}: cannot be written ({error or type(error).__name__})") from None
     return paths.folder(value)
 
 

@@ -11,8 +11,10 @@ import os
 import re
 import secrets
 import sys
+import threading
 import time
 import traceback
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,7 @@ from ml_collections import ConfigDict
 
 import step_grpo
 from step_grpo import paths
-from step_grpo.errors import UserError
+from step_grpo.errors import TransientError, UserError
 from step_grpo.mesh import use_all_cores
 
 COORDINATOR, PROCESSES, PROCESS = "STEP_GRPO_COORDINATOR", "STEP_GRPO_PROCESSES", "STEP_GRPO_PROCESS"
@@ -44,6 +46,9 @@ LOST = re.compile(
     r"|the remote task has failed|(?:Barrier|Shutdown barrier)[\w ]* (?:timed out\. Id:|failed(?: because)?:)"
     r"|stopped sending heartbeats"
 )
+LAST_WORDS = 3.0  # seconds that the others are given to say what this process has said
+FOUND = threading.Event()  # set once the processes have found each other
+ASKED_AGAIN_AFTER = (0.5, 1.0, 2.0)  # seconds
 SEEN_WITHIN = 10.0  # seconds for a new file to be seen by all hosts
 T = TypeVar("T")
 
@@ -83,7 +88,8 @@ def join() -> None:
     for `STEP_GRPO_HEARTBEAT` seconds (60).
 
     Raises:
-        UserError: the addresses are wrong, or the others do not come.
+        UserError: the addresses are wrong.
+        TransientError: the others do not come.
     """
     if jax.distributed.is_initialized():
         return
@@ -96,10 +102,12 @@ def join() -> None:
         elif given[1] > 1:
             initialize(*given, cluster_detection_method="deactivate")
     except (RuntimeError, ValueError) as error:
-        raise UserError(
+        raise TransientError(
             f"the processes of the run did not find each other ({error}); run the same line on every host, "
             "as a new process"
         ) from None
+    if jax.distributed.is_initialized():
+        FOUND.set()
 
 
 def _start_cluster(initialize: Callable[[], None]) -> None:
@@ -166,8 +174,11 @@ def cluster_size(environ: Mapping[str, str], read_metadata: Callable[[str], str]
 
 
 def metadata(name: str) -> str:
-    """An attribute of a Google Cloud VM, empty where there is none."""
-    return _ask_host(f"attributes/{name}")
+    """An attribute of a Google Cloud VM, empty where there is none.
+
+    Without an answer it asks again: a host of a slice must not take itself for the only one.
+    """
+    return _ask_host(f"attributes/{name}", ASKED_AGAIN_AFTER)
 
 
 def host_is_taken_away() -> str:
@@ -177,15 +188,21 @@ def host_is_taken_away() -> str:
     return "preempted" if _ask_host("preempted") == "TRUE" else ""
 
 
-def _ask_host(name: str) -> str:
+def _ask_host(name: str, again_after: Sequence[float] = ()) -> str:
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/{name}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return answer.read().decode()
-    except OSError:  # not there, or not on Google Cloud
-        return ""
+    for wait in (*again_after, 0.0):
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.read().decode()
+        except urllib.error.HTTPError as error:
+            if error.code < 500:  # there is none
+                return ""
+        except OSError:  # no answer, or not on Google Cloud
+            pass
+        time.sleep(wait)
+    return ""
 
 
 # ---------------------------------------------------------------------- the end of one of them
@@ -214,6 +231,22 @@ def fail(error: Exception) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+
+
+def leave(code: int) -> None:
+    """Ends one of several processes with an exit code; returns where it is alone.
+
+    It does not wait until the others end too, as JAX would, for they may be waiting for this one. But they
+    may be about to end for the same reason, and are given a few seconds to say so; the first process goes
+    last, for its end is theirs.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if FOUND.is_set():
+        time.sleep(LAST_WORDS * (2 if is_first() else 1))
+    os._exit(code)
 
 
 # ---------------------------------------------------------------------- who does what
@@ -361,10 +394,10 @@ def from_first(action: Callable[[], T]) -> T:
         try:
             said = {"result": action()}
         except UserError as error:
-            said = {"error": str(error)}
+            said = {"error": str(error), "transient": isinstance(error, TransientError)}
     first = json.loads(bytes(gather({"said": as_bytes(json.dumps(said))})[0]["said"]))
     if "error" in first:
-        raise UserError(first["error"])
+        raise (TransientError if first["transient"] else UserError)(first["error"])
     return first["result"]
 
 

@@ -19,7 +19,7 @@ from step_grpo import cli, paths, push
 from step_grpo.card import CURVE, card_of, front_matter
 from step_grpo.checkpoint import RUN, open_model, saved_steps
 from step_grpo.distributed import is_first
-from step_grpo.errors import UserError
+from step_grpo.errors import TransientError, UserError
 from step_grpo.metrics import read_metrics
 from step_grpo.model import lora
 from step_grpo.model.qwen import Params
@@ -200,7 +200,7 @@ def _write_folder(
         write_json(partial / MANIFEST, {"card": card, "files": [*files, MANIFEST]})
         (_send if paths.is_remote(out) else _replace)(partial, out)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+        raise TransientError(f"{out}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out

@@ -4,7 +4,11 @@ import functools
 
 from huggingface_hub import constants, get_session
 
+from step_grpo.errors import TransientError, UserError
+
 _PATIENCE = 5.0  # seconds
+TOO_MANY = 429  # requests; a later one may be answered
+_TOLD = constants.HF_HUB_OFFLINE  # by the user
 
 
 @functools.cache
@@ -22,6 +26,17 @@ def offline() -> bool:
     except Exception:  # whatever the HTTP library of the day raises
         constants.HF_HUB_OFFLINE = True
     return constants.HF_HUB_OFFLINE
+
+
+def failure(error: Exception | None = None) -> type[UserError]:
+    """The kind of error where something is neither in the cache nor to be had from the Hub.
+
+    Args:
+        error: of the Hub's client, if it was asked.
+    """
+    status = getattr(getattr(error, "response", None), "status_code", 500)
+    refused = 400 <= status < 500 and status != TOO_MANY
+    return UserError if _TOLD or refused else TransientError
 
 
 def looks_like_path(name: str) -> bool:

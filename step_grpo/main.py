@@ -2,11 +2,14 @@
 
 `python -m step_grpo.main --config=configs/tiny.py --workdir=DIR`
 
-Run the same line again to go on from the newest checkpoint in the workdir.
+Run the same line again to go on from the newest checkpoint in the workdir. With --requeue a run that was
+asked to stop exits with 75, not with 0, for schedulers that start a job again only where it has failed.
 """
 
 import json
 import math
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -66,15 +69,18 @@ from step_grpo.workdir import locked, once
 TRAINING_STREAM = 0  # folded into the seed, so that evaluation and training never share randomness
 
 
-def main(config: ConfigDict, workdir: Path = Path("workdir")) -> None:
+def main(config: ConfigDict, workdir: Path = Path("workdir"), requeue: bool = False) -> None:
     """Trains, evaluates before and after, and writes checkpoint, export, metrics and result to `workdir`.
 
-    Asked to stop by SIGTERM or Ctrl-C, it saves what is done and returns.
+    Asked to stop by SIGTERM or Ctrl-C, it saves what is done and returns; with `requeue` it then exits with
+    75, for schedulers that start a job again only where it has failed.
     """
     try:
         train(config, workdir, Notice())
     except StoppedError as stopped:
         print(stopped, flush=True)
+        if requeue:
+            sys.exit(os.EX_TEMPFAIL)
 
 
 def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:

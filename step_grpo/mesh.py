@@ -8,6 +8,7 @@ not name is whole on every device.
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +33,8 @@ RULES: Mapping[str | None, str | tuple[str, ...]] = MappingProxyType(
     }
 )
 """Logical axis of an array to axes of the mesh."""
+TENSOR_LIMITS = MappingProxyType({"TPU v5 lite": ((16, 1), (8, 2)), "TPU v6 lite": ((8, 2),)})
+"""By kind: chips of a slice, above which the compiler takes no rollout over more devices than so many."""
 
 
 def use_all_cores() -> None:
@@ -131,8 +134,10 @@ def share_of(mesh: Mesh, process: int) -> Mesh:
     process works for itself.
 
     Raises:
-        UserError: weights are spread over devices of several processes.
+        UserError: weights are spread over devices of several processes, or over several devices on a slice
+            for which that does not compile.
     """
+    check_tensor(list(mesh.devices.flat), mesh.shape["tensor"])
     groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
     owners = [{device.process_index for device in group} for group in groups]
     if any(process in owner and len(owner) > 1 for owner in owners):
@@ -142,6 +147,36 @@ def share_of(mesh: Mesh, process: int) -> Mesh:
         )
     mine = np.array([group for group, owner in zip(groups, owners, strict=True) if owner == {process}])
     return Mesh(mine, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def check_tensor(devices: Sequence[Any], tensor: int) -> None:
+    """Refuses a slice for which a rollout with weights over several devices does not compile.
+
+    Args:
+        devices: all of the run.
+        tensor: those that the weights of a rollout lie over.
+
+    Raises:
+        UserError: naming `config.mesh.tensor`.
+    """
+    size = max(Counter(getattr(device, "slice_index", 0) for device in devices).values())
+    kind = devices[0].device_kind
+    if tensor > (most := largest_tensor(kind, size)):
+        raise UserError(
+            f"config.mesh.tensor is {tensor}, which does not compile for a slice of {size} chips of {kind} "
+            f"(limited ICI routing between hosts); set config.mesh.tensor={most:.0f}, or take a smaller "
+            "slice or v5p"
+        )
+
+
+def largest_tensor(kind: str, chips: int) -> float:
+    """The largest `config.mesh.tensor` whose rollout compiles, as far as kind and size of a slice say.
+
+    Args:
+        kind: JAX's name of the devices.
+        chips: of the slice.
+    """
+    return next((most for above, most in TENSOR_LIMITS.get(kind, ()) if chips > above), math.inf)
 
 
 def seen_from(mesh: Mesh, array: jax.Array) -> jax.Array:

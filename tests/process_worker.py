@@ -1,9 +1,11 @@
 """One of several processes of a test: `process_worker.py ACTION ARGUMENTS`."""
 
+import errno
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ from jax.experimental import multihost_utils
 from short_run import short_config
 
 from step_grpo import cli, distributed
+from step_grpo.errors import UserError
 
 
 def everywhere(tree):
@@ -61,20 +64,38 @@ def disagree_on_data(changes: str) -> None:
 
 def die(which: str) -> None:
     """Tells the others something again and again, until one of them is killed in the middle of it."""
+    _end_one(which, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
+
+def fail(which: str, how: str) -> None:
+    """The same, but one of them meets an error that the others do not."""
+    errors = {
+        "mistake": UserError("config.seed: of this process alone"),
+        "disk": OSError(errno.ENOSPC, "No space left on device", "/disk/file"),
+        "input": OSError(errno.EIO, "Input/output error", "/disk/file"),
+        "interrupt": KeyboardInterrupt(),
+    }
+
+    def strike() -> None:
+        raise errors[how]
+
+    _end_one(which, strike)
+
+
+def _end_one(which: str, strike: Callable[[], None]) -> None:
     def main() -> None:
         distributed.join()
         for _ in range(3):
             distributed.anywhere(False)
         if jax.process_index() == int(which):
-            os.kill(os.getpid(), signal.SIGKILL)
+            strike()
         while True:
             distributed.anywhere(False)
 
     cli.run(main, sys.argv[:1])
 
 
-ACTIONS = (gradient, train, disagree, disagree_on_data, die)
+ACTIONS = (gradient, train, disagree, disagree_on_data, die, fail)
 
 if __name__ == "__main__":
     {action.__name__: action for action in ACTIONS}[sys.argv[1]](*sys.argv[2:])

@@ -21,7 +21,7 @@ from short_run import ROOT, short_config
 
 from step_grpo import checkpoint, cli
 from step_grpo.checkpoint import Progress, Saver, kept, restore
-from step_grpo.errors import UserError
+from step_grpo.errors import TransientError, UserError
 from step_grpo.grpo.update import TrainState
 from step_grpo.workdir import locked, once
 
@@ -150,7 +150,7 @@ def no_file_above(size: int):
 def test_save_without_room_names_the_checkpoint_to_go_on_from_and_leaves_nothing(workdir, described, limit):
     """Room for no tokenizer, and for the tokenizer but no weights."""
     saver = Saver(workdir, described, CONFIG)
-    with no_file_above(limit), pytest.raises(UserError) as caught:
+    with no_file_above(limit), pytest.raises(TransientError) as caught:
         saver.save(Progress(3, 12, 2), state_of(3))
         saver.finish()
     assert "000003 cannot be written" in str(caught.value)
@@ -208,7 +208,7 @@ def test_full_disk_elsewhere_is_one_line(capsys):
 
     with pytest.raises(SystemExit) as ended:
         cli.run(main, ["program"])
-    assert ended.value.code == 2
+    assert ended.value.code == 75
     told = "No space left on device; make room or give the rights, and run the same line again"
     assert capsys.readouterr().err == f"step_grpo: error: {told}\n"
 

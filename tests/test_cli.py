@@ -180,7 +180,10 @@ cli.run(main)
 
 DATA_MISTAKES = {
     "value out of range": (("--config.rollout.delta=2",), "config.rollout.delta is 2.0"),
-    "hub name": (("--config.data.source=hf", "--config.data.name=no/such"), "config.data.name: 'no/such'"),
+    "hub out of reach": (
+        ("--config.data.source=hf", "--config.data.name=no/such"),
+        "config.data.name: 'no/such'",
+    ),
     "broken file": (("--config.data.source=hf", "--config.data.name=bad.jsonl"), "cannot load 'bad.jsonl'"),
     "tfds name": (
         ("--config.data.source=tfds", "--config.data.name=math_qaa"),
@@ -191,7 +194,7 @@ DATA_MISTAKES = {
         "config.data.name: no such file or folder: none.jsonl",
     ),
     "row without answer": (("--config.data.name=rows.jsonl",), "rows.jsonl, line 2: no column 'answer'"),
-    "tokenizer": (("--config.model.tokenizer=no/such",), "config.model.tokenizer: 'no/such'"),
+    "tokenizer out of reach": (("--config.model.tokenizer=no/such",), "config.model.tokenizer: 'no/such'"),
 }
 
 
@@ -203,12 +206,44 @@ def test_mistakes_about_data_and_tokenizer_are_one_line_too(folder, case, monkey
     (folder / "bad.jsonl").write_text("{not json\n")
     (folder / "rows.jsonl").write_text('{"problem": "Q", "answer": "1"}\n{"problem": "Q"}\n')
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # asked for, it would be a setting
+        monkeypatch.delenv(name, raising=False)
     arguments, part = DATA_MISTAKES[case]
     columns = ("--config.data.prompt_column=problem", "--config.data.answer_column=answer")
     local = ("--config.data.source=jsonl", "--config.data.name=good.jsonl", *columns)
     done = run(folder, "--config=base.py", *local, *arguments, program="data_entry.py")
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == (75 if "out of reach" in case else 2), done.stderr
     assert done.stderr.count("\n") == 1 and part in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FileNotFoundError("no such bucket"), 2),
+        (PermissionError("not yours"), 2),
+        (type("HttpError", (Exception,), {"code": 403})("Forbidden"), 2),
+        (type("HttpError", (Exception,), {"code": 503})("Service Unavailable"), 75),
+        (ConnectionError("no route to host"), 75),
+    ],
+)
+def test_bucket_that_refuses_is_a_mistake_and_one_that_is_silent_is_not(error, code, monkeypatch, capsys):
+    class Bucket:
+        def __truediv__(self, name):
+            return self
+
+        def write_text(self, text):
+            raise error
+
+    monkeypatch.setattr(cli.paths, "folder", lambda name: Bucket())
+
+    def main(workdir: Path) -> None:
+        pytest.fail("the workdir cannot be written")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, ["program", "--workdir=gs://bucket/run"])
+    assert ended.value.code == code
+    told = f"--workdir=gs://bucket/run: cannot be written ({error})"
+    assert capsys.readouterr().err == f"step_grpo: error: {told}\n"
 
 
 def test_a_bug_keeps_its_traceback_and_exits_1(folder):

@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import jax
@@ -184,6 +186,21 @@ def test_only_what_jax_and_gloo_say_is_told_as_the_end_of_another_process():
     assert [text for text in OTHERS if distributed.LOST.search(text)] == []
 
 
+@pytest.mark.parametrize(
+    ("process", "how", "code", "said"),
+    [
+        (0, "mistake", 2, "step_grpo: error: config.seed: of this process alone\n"),
+        (1, "disk", 75, "step_grpo: error: /disk/file: No space left on device; make room"),
+        (1, "input", 1, "Input/output error: '/disk/file'\n"),
+        (0, "interrupt", 130, "step_grpo: stopped by Ctrl-C\n"),
+    ],
+)
+def test_error_of_one_process_ends_all_promptly(process, how, code, said):
+    ended = processes("fail", str(process), how, **HEARTBEAT)
+    assert ended[process][0] == code and said in ended[process][1], ended
+    assert_left_alone(ended[1 - process])
+
+
 # ---------------------------------------------------------------------- who is who
 
 
@@ -221,6 +238,32 @@ def test_cluster_is_found_by_its_signs(environ, on_tpu, metadata, processes):
     assert found == processes
 
 
+@pytest.mark.parametrize(
+    ("answers", "asked", "found"),
+    [([503, 200], 2, "a,b"), ([404, 200], 1, ""), ([503] * 9, 1 + len(distributed.ASKED_AGAIN_AFTER), "")],
+)
+def test_metadata_server_that_does_not_answer_is_asked_again(answers, asked, found, monkeypatch):
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self):
+            code = answers[len(paths)]
+            paths.append(self.path)
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(b"a,b" if code == 200 else b"no such attribute")
+
+        def log_message(self, *_):
+            pass
+
+    paths, waits = [], []
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(distributed.time, "sleep", waits.append)
+        assert distributed.metadata("worker-network-endpoints") == found
+        server.shutdown()
+    assert paths == ["/computeMetadata/v1/instance/attributes/worker-network-endpoints"] * asked
+
+
 def test_processes_that_would_run_something_else_are_refused_by_the_field():
     same = {"config.seed": "0", "--workdir": "/a"}
     distributed.check_equal([same, dict(same)])
@@ -235,7 +278,7 @@ def test_other_config_in_one_process_stops_both_with_its_name(tmp_path):
     worker = tmp_path / "out"
     ended = processes("disagree", str(worker), SEED_0="0", SEED_1="1")
     for code, printed in ended:
-        assert code != 0 and "config.seed is 0 in process 0 and 1 in process 1" in printed, printed
+        assert code == 2 and "config.seed is 0 in process 0 and 1 in process 1" in printed, printed
     assert not Path(worker).exists()
 
 

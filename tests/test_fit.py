@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import subprocess
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from step_grpo import cli
+from step_grpo import cli, paths
 from step_grpo.config import base_config
 from step_grpo.errors import UserError
 from step_grpo.fit import check, solve, table
@@ -19,7 +20,7 @@ from step_grpo.fit.__main__ import check as run_check
 from step_grpo.fit.__main__ import main
 from step_grpo.fit.architectures import PUBLISHED, architecture_of
 from step_grpo.fit.chips import CHIPS, GIB, chip_count, chip_of
-from step_grpo.fit.compile import Result, Task, bytes_asked, measure, measure_sizes
+from step_grpo.fit.compile import Result, Task, bytes_asked, measure, measure_sizes, problem_of
 from step_grpo.fit.flops import forward_flops
 from step_grpo.fit.hlo import Traffic, kernels, traffic
 from step_grpo.fit.programs import STAGES, Sizes, beside
@@ -178,6 +179,17 @@ def test_architecture_needs_no_network(monkeypatch):
     assert architecture_of(base_config().model)["num_hidden_layers"] == 36
 
 
+def test_architecture_is_read_from_a_bucket_as_a_run_does(tmp_path):
+    from fake_bucket import install
+
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch, tmp_path)
+        config = base_config().unlock()
+        config.model.checkpoint = "gs://bucket/models/qwen"
+        paths.write_text(paths.folder(config.model.checkpoint) / "config.json", '{"hidden_size": 7}')
+        assert architecture_of(config.model) == {"hidden_size": 7}
+
+
 # ---------------------------------------------------------------------- slices
 
 
@@ -186,8 +198,10 @@ def test_slices_are_counted_and_wrong_ones_refused():
     for wrong in ("v5p", "v5p:2x2", "v9:2x2", "v5e:2xx2", "v5e:0x2"):
         with pytest.raises(UserError, match="--topology"):
             chip_of(wrong)
-    assert check.larger_slice("v5p:2x2x1") == "v5p:2x2x2"
-    assert check.larger_slice(f"v5e:{CHIPS['v5e'].slices[-1]}") == ""
+    assert check.larger_slice("v5p:2x2x1", 4) == "v5p:2x2x2"
+    assert check.larger_slice(f"v5e:{CHIPS['v5e'].slices[-1]}", 1) == ""
+    assert (check.larger_slice("v6e:2x2", 4), check.larger_slice("v6e:2x4", 4)) == ("v6e:2x4", "")
+    assert (check.larger_slice("v6e:2x4", 2), check.larger_slice("v5e:4x4", 2)) == ("v6e:4x4", "")
 
 
 # ---------------------------------------------------------------------- the largest size
@@ -287,6 +301,48 @@ def test_exit_code_says_whether_it_fits(capsys):
     assert "config.grpo.moments_dtype=bfloat16" in said and "v6e:4x4" in said
 
 
+@pytest.mark.parametrize(
+    ("topology", "groups_here", "advised"),
+    [("v5p:2x2x2", 2, True), ("v5p:2x2x2", 1, False), ("v5e:4x8", 4, False), ("v6e:4x4", 4, True)],
+)
+def test_only_what_can_work_is_advised_of_the_mesh(topology, groups_here, advised):
+    def sizes(task):
+        held = dict.fromkeys(HELD, 40 * GIB)
+        return stub_sizes(task)._replace(held=held, groups_here=groups_here, mesh=(1, 4, 1))
+
+    plan = check.make_plan(base_config(), topology, 8, sizes)
+    said = check.advice(check.Verdict(plan, check.compile_all(plan, stub_measure, plan.programs)))
+    assert any("config.mesh.tensor" in line for line in said) is advised
+
+
+def test_failure_of_the_compiler_is_told_in_its_words_and_not_taken_for_a_size(capsys):
+    def fails(task):
+        if task.program != "segment":
+            return stub_measure(task)
+        return Result(math.inf, fits=False, problem="INTERNAL: Mosaic failed to compile [x]\nat line 7")
+
+    code = run_check(base_config(), "v5p:2x2x1", 0, search=True, measure=fails, measure_sizes=stub_sizes)
+    said = " ".join(capsys.readouterr().out.split())
+    assert code == 1 and said.endswith(
+        "It does not compile for v5p:2x2x1: - segment: INTERNAL: Mosaic failed to compile [x]"
+    )
+    assert "does not fit" not in said and "inf" not in said and "would help" not in said
+
+
+def test_nothing_of_the_environment_makes_the_compiler_try_less_hard(monkeypatch):
+    def run(*_, env, **__):
+        seen.update(env)
+        return subprocess.CompletedProcess([], 0, b'[{"peak": 1}]', b"")
+
+    seen = {}
+    for name in ("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "XLA_FLAGS", "KEPT"):
+        monkeypatch.setenv(name, "-1.0")
+    monkeypatch.setattr("step_grpo.fit.compile.subprocess.run", run)
+    assert measure(Task(base_config(), "v5p:2x2x1", "segment")).peak == 1
+    assert seen["KEPT"] == "-1.0" and seen["JAX_PLATFORMS"] == "cpu"
+    assert not {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "XLA_FLAGS"} & seen.keys()
+
+
 def test_too_many_lanes_are_told_with_the_number_that_fits(capsys):
     assert exit_code("v5p:2x2x1", lanes=200) == 1
     said = " ".join(capsys.readouterr().out.split())
@@ -307,6 +363,12 @@ def test_program_that_the_compiler_refuses_for_its_size_does_not_fit(capsys):
     config = base_config()
     code = run_check(config, "v5p:2x2x1", 0, search=False, measure=refused, measure_sizes=stub_sizes)
     assert code == 1 and "accumulate needs" in " ".join(capsys.readouterr().out.split())
+
+
+def test_problem_is_the_first_line_of_the_last_exception():
+    said = "Traceback:\nValueError: x\njax.errors.JaxRuntimeError: INTERNAL: no\n%while = s32\n"
+    assert problem_of(said) == "jax.errors.JaxRuntimeError: INTERNAL: no"
+    assert (problem_of("killed\n\n"), problem_of("")) == ("killed", "")
 
 
 def test_size_is_read_from_the_messages_of_the_compiler():
@@ -441,6 +503,15 @@ def test_sizes_are_those_of_the_arguments(importable):
     sizes, result = measure_sizes(small_task("sizes")), measure(small_task("apply"))
     state = sizes.held["params"] + sizes.held["moments"] + sizes.held["gradients"]
     assert result.arguments == pytest.approx(state, rel=0.1)
+
+
+@needs_libtpu
+def test_weights_over_the_devices_of_a_host_are_refused_where_that_does_not_compile(importable):
+    task = small_task("sizes", **{"mesh.fsdp": 16, "rollout.lanes": 64})
+    with pytest.raises(UserError, match=r"config\.mesh\.tensor is 2, .* 32 chips .*mesh\.tensor=1,"):
+        measure_sizes(dataclasses.replace(task, topology="v5e:4x8"))
+    task.config.mesh.update(fsdp=32, tensor=1)
+    assert measure_sizes(dataclasses.replace(task, topology="v5e:4x8")).mesh == (1, 32, 1)
 
 
 @needs_libtpu

@@ -18,6 +18,7 @@ from step_grpo.grpo.update import TrainBatch, Update
 from step_grpo.main import build_update, optimizer_of
 from step_grpo.mesh import (
     arranged,
+    check_tensor,
     make_mesh,
     mesh_sizes,
     place_rows,
@@ -273,6 +274,31 @@ def engine_on(sizes, kind="xla"):
 def completions_on(sizes, kind="xla"):
     engine, ready = engine_on(sizes, kind)
     return engine(ready, PROMPTS, 3, jax.random.key(7))[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "slices", "tensor", "most"),
+    [
+        ("TPU v6 lite", 16, 1, 4, 2),
+        ("TPU v6 lite", 16, 1, 2, 2),
+        ("TPU v5 lite", 32, 1, 2, 1),
+        ("TPU v6 lite", 32, 1, 2, 2),
+        ("TPU v5 lite", 32, 1, 1, 1),
+        ("TPU v6 lite", 8, 1, 4, 4),
+        ("TPU v6 lite", 16, 2, 4, 4),  # two slices of one host each
+        ("TPU v5", 32, 1, 4, 4),
+    ],
+)
+def test_weights_over_devices_are_refused_on_slices_for_which_that_does_not_compile(
+    kind, count, slices, tensor, most
+):
+    devices = [SimpleNamespace(device_kind=kind, slice_index=i * slices // count) for i in range(count)]
+    if tensor <= most:
+        check_tensor(devices, tensor)
+        return
+    wanted = rf"config\.mesh\.tensor is {tensor}, .* set config\.mesh\.tensor={most},"
+    with pytest.raises(UserError, match=wanted):
+        check_tensor(devices, tensor)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 1), (1, 1, 2)])

@@ -68,6 +68,23 @@ def test_what_goes_wrong_in_the_engine_is_not_taken_for_a_stop():
         notice.watched(SimpleNamespace(__call__=engine).__call__)(None, [], 1, None)
 
 
+@pytest.mark.parametrize(("flags", "code"), [((), 0), (("--requeue",), 75)])
+def test_stopped_run_ends_with_0_and_where_it_is_to_be_queued_again_with_75(
+    flags, code, tmp_path, monkeypatch
+):
+    from step_grpo import cli, main
+
+    def stopped(*_):
+        raise StoppedError("stopped; run the same line again")
+
+    monkeypatch.setattr(main, "train", stopped)
+    line = ["main", f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={tmp_path}", *flags]
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main.main, line)
+        sys.exit(0)
+    assert ended.value.code == code
+
+
 @pytest.fixture
 def host(monkeypatch):
     """A metadata server; what it says is in the dictionary."""

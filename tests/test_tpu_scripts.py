@@ -98,11 +98,15 @@ elif "ssh" in words:
 """
 # The python of the venv on a host: what the run does there is the next line of `runs`.
 TRAINER = """
-import time
+import signal, time
 host = os.path.basename(os.environ["HOME"])
 record("trainer", host, os.getcwd(), *sys.argv[1:])
 does = pop("runs." + host, "0")
+if does == "saves":
+    signal.signal(signal.SIGTERM, lambda *_: time.sleep(60))
 print("hello from", host, flush=True)
+if does == "saves":
+    time.sleep(60)
 if does == "hang":
     time.sleep(60)
 if does == "0":
@@ -401,6 +405,24 @@ def test_launch_refuses_a_second_run_and_restart_ends_the_first(ready):
         os.killpg(first, 0)
 
 
+def test_restart_leaves_the_first_run_the_time_to_save(ready):
+    """It saves for ever here; a clock that runs fast sees how long that is let go on."""
+    sleeps = ready.folder / "sleeps"
+    (ready.folder / "bin" / "sleep").write_text(f"#!/bin/bash\necho $1 >>{sleeps}\n")
+    (ready.folder / "bin" / "sleep").chmod(0o755)
+    ready.says(runs_host0=["saves", "0"], runs_host1=["0"])
+    ready.run("launch.sh", *SLICE, *PROGRAM)
+    ready.trainings(2)
+    while "hello" not in (ready.folder / "host0/step_grpo_run/log").read_text():
+        time.sleep(0.02)
+    first = int((ready.folder / "host0/step_grpo_run/pid").read_text())
+    ready.run("launch.sh", *SLICE, *PROGRAM, "--restart")
+    assert 110 < sum(map(float, sleeps.read_text().split())) < 140
+    with pytest.raises(ProcessLookupError):
+        os.killpg(first, 0)
+    assert len(ready.trainings(4)) == 4
+
+
 def test_logs_show_the_end_of_the_output(ready):
     ready.run("launch.sh", *SLICE, *PROGRAM)
     ready.trainings(2)
@@ -416,7 +438,18 @@ def test_gke_runs_the_line_in_a_shell_whatever_it_holds(cloud):
     assert call[:4] == ["gcluster", "job", "submit", "--name=mine"]
     assert {"--topology=4x4", "--num-slices=2", "--restarts=100", "--gke-nap-provisioning=spot"} <= set(call)
     command = next(word for word in call if word.startswith("--command=")).partition("=")[2]
-    assert shlex.split(command) == ["python", "-u", "-m", "step_grpo.main", *PROGRAM, HOSTILE]
+    assert shlex.split(command) == [
+        *("exec", "python", "-u", "-m", "step_grpo.main"),
+        *(*PROGRAM, HOSTILE, "--requeue"),
+    ]
+
+
+def test_gke_goes_on_after_all_but_a_mistake_and_leaves_time_to_save(cloud):
+    cloud.run("gke.sh", *REQUIRED["gke.sh"])
+    (call,) = cloud.calls("gcluster")
+    codes = next(word for word in call if word.startswith("--restart-on-exit-codes=")).partition("=")[2]
+    assert {"1", "75", "137", "143"} <= {*codes.split(",")} and "2" not in codes.split(",")
+    assert "--grace-period=120s" in call
 
 
 def test_delete_takes_the_hosts_too_and_asks_nothing(cloud):
@@ -471,6 +504,37 @@ def test_watch_launches_again_after_a_crash_on_one_host(ready):
     assert "launching again (1)" in done.stderr
     assert len(ready.trainings(4)) == 4
     assert "create" not in kinds(ready.calls())
+
+
+def test_watch_launches_again_what_may_be_well_later(ready):
+    ready.says(runs_host0=["75", "0"], runs_host1=["75", "0"])
+    done = ready.run("watch.sh", *REQUIRED["watch.sh"], *QUICK)
+    assert "launching again (1)" in done.stderr and len(ready.trainings(4)) == 4
+
+
+@pytest.mark.parametrize("before", ["0", "2"])
+def test_watch_launches_a_longer_line_where_a_shorter_one_has_ended(ready, before):
+    ready.says(runs_host0=[before, "0"], runs_host1=[before, "0"])
+    ready.run("launch.sh", *SLICE, *PROGRAM)
+    ready.trainings(2)
+    ready.run("watch.sh", *REQUIRED["watch.sh"], *QUICK, "--config.steps=9", "--delete-when-done")
+    assert [run[-1] for run in ready.trainings(4)].count("--config.steps=9") == 2
+    assert kinds(ready.calls())[-1] == "delete"
+
+
+def test_watch_launches_a_line_whose_mistake_is_of_an_earlier_day(ready):
+    ready.says(runs_host0=["2", "0"], runs_host1=["2", "0"])
+    ready.run("launch.sh", *SLICE, *PROGRAM)
+    ready.trainings(2)
+    ready.run("watch.sh", *REQUIRED["watch.sh"], *QUICK)
+    assert len(ready.trainings(4)) == 4
+
+
+def test_watch_installs_the_commit_that_it_began_with(cloud):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = cloud.run("watch.sh", *REQUIRED["watch.sh"], "--dry-run").stdout
+    (archive,) = [line for line in shown.splitlines() if " archive " in line]
+    assert archive.split()[-1] == head.stdout.strip()
 
 
 def test_watch_goes_on_with_a_run_that_is_there(ready):
@@ -537,4 +601,16 @@ def test_skypilot_runs_the_same_line():
     assert task["resources"]["accelerators"].startswith("tpu-v6e")
     assert task["setup"].split() == ["bash", "tpu/on_host.sh", "setup"]
     assert set(task["envs"]) == set(re.findall(r"\$(\w+)", task["run"]))
-    assert "-m step_grpo.main" in task["run"]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == 75
+
+
+def test_skypilot_passes_overrides_whatever_they_hold(ready):
+    yaml = pytest.importorskip("yaml")
+    line = yaml.safe_load((TPU / "skypilot.yaml").read_text(encoding="utf-8"))["run"]
+    envs = {"CONFIG": "configs/tiny.py", "WORKDIR": "gs://bucket/run", "HOME": str(ready.folder / "host0")}
+    wanted = ["-u", "-m", "step_grpo.main", *PROGRAM, "--requeue"]
+    for arguments in ([], [HOSTILE, "--config.seed=1"]):
+        env = {**ready.env, **envs, "ARGS": shlex.join(arguments)}
+        subprocess.run(["bash", "-c", line], env=env, cwd=ready.folder, check=True)
+        assert ready.calls("trainer")[-1][3:] == [*wanted, *arguments]
+    assert not list(ready.folder.rglob("hacked"))

@@ -13,6 +13,9 @@
 #   --spot                 spot nodes, where the cluster has node auto-provisioning
 #   --project=P            default: gcluster's
 #   --dry-run              print the commands, run nothing
+#
+# A mistake in the settings (the program's exit code 2) ends the job; after any other end but that of the line it
+# goes on, also after one that it was asked for (a signal, a notice of maintenance).
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -37,5 +40,9 @@ for key in project topology num-slices service-account; do
 done
 if [[ -n $(flag spot) ]]; then options+=(--gke-nap-provisioning=spot); fi
 
-# The container runs the line with a shell.
-run gcluster job submit "${options[@]}" "--command=$(quote python -u -m step_grpo.main "${program[@]}")"
+# A bug, what may be well later, and the signals of an end from outside; any other exit code is final.
+options+=("--restart-on-exit-codes=1,75,134,137,139,143")
+options+=(--grace-period=120s) # for saving what is done
+
+# The container runs the line with a shell; in the shell's place, the program hears the signal to stop.
+run gcluster job submit "${options[@]}" "--command=exec $(quote python -u -m step_grpo.main "${program[@]}" --requeue)"

@@ -14,10 +14,13 @@
 #   --delete-when-done     delete the slice once the line has come to its end
 #   --dry-run              print the commands, run nothing
 #
-# It runs on any machine with gcloud and may itself be stopped and started again. A run that was asked to stop (a
-# signal, a notice of maintenance) also exits with 0, so the line has come to its end where the workdir holds its
-# result.json; else it is launched again, as after a preemption. Exit 0: the line has come to its end. Exit 1: it gave up and says why; the slice, if there is one, is left for a look and costs money. A mistake in
-# the settings (the program's exit code 2) is not tried again.
+# It runs on any machine with gcloud and may itself be stopped and started again; the commit that is checked out
+# when it starts is the one that it installs to its end. A run that was asked to stop (a signal, a notice of
+# maintenance) also exits with 0, so the line has come to its end where the workdir holds its result.json; else it is
+# launched again, as after a preemption. What ended on the hosts before with other arguments counts for nothing.
+# Exit 0: the line has come to its end. Exit 1: it gave up and says why; the slice, if there is one, is left for a
+# look and costs money. A mistake in the settings (the program's exit code 2) is not tried again; what may be well
+# later (75: a bucket, the network, a disk, another host) is, like a crash.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -30,6 +33,7 @@ check_program
 for number in poll max-preemptions max-crashes backoff; do check "$number" '0|[1-9][0-9]*' 'a whole number'; done
 
 readonly MAX_DELAY=900 MAX_SILENCE=10
+commit=$(git -C "$root" rev-parse HEAD 2>/dev/null || echo HEAD)
 
 say() {
     printf '%s %s\n' "$(date -u +%FT%TZ)" "$1" >&2
@@ -60,7 +64,7 @@ launch() {
 }
 
 set_up_and_launch() {
-    script setup.sh "$slice_flags" && launch
+    script setup.sh "$slice_flags" "--commit=$commit" && launch
 }
 
 describe() {
@@ -68,7 +72,7 @@ describe() {
 }
 
 ask_hosts() {
-    on_hosts all 'bash step_grpo/tpu/on_host.sh state || echo step_grpo_state=absent'
+    on_hosts all "$(quote bash step_grpo/tpu/on_host.sh state "${program[@]}") || echo step_grpo_state=absent"
 }
 
 look_for_result() {
@@ -139,6 +143,12 @@ create_again() {
     create || say "it could not be created"
 }
 
+launched=""
+launch_first() {
+    launched=1
+    set_up_and_launch || say "it could not be launched"
+}
+
 crashes=0
 launch_again() {
     crashes=$((crashes + 1))
@@ -167,7 +177,6 @@ finish() {
     exit 0
 }
 
-launched=""
 look_at_run() {
     local state
     state=$(run_state)
@@ -180,15 +189,11 @@ look_at_run() {
     case $state in
         done) finish ;;
         running) tries=0 ;;
-        mistake) give_up "the program says that its settings are wrong (tpu/logs.sh)" ;;
-        absent)
-            if [[ -n $launched ]]; then
-                launch_again
-            else
-                launched=1
-                set_up_and_launch || say "it could not be launched"
-            fi
+        mistake)
+            [[ -z $launched ]] || give_up "the program says that its settings are wrong (tpu/logs.sh)"
+            launch_first # of an earlier day: what was wrong may be mended
             ;;
+        absent) if [[ -n $launched ]]; then launch_again; else launch_first; fi ;;
         stopped) launch_stopped ;;
         crashed) launch_again ;;
     esac

@@ -43,7 +43,7 @@ def load_tokenizer(name: str, *, where: str = "config.model.tokenizer") -> Token
         if folder.exists() or hub.looks_like_path(name):
             raise UserError(f"{where}: no such folder: {name}")
         if hub.offline() and not _cached(name):
-            raise UserError(
+            raise hub.failure()(
                 f"{where}: {name!r} is no local folder, not in the cache, and the Hugging Face Hub cannot be "
                 "reached; check the name and the network, or name a local folder"
             )

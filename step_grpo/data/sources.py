@@ -413,7 +413,7 @@ def _load_local(datasets: Any, path: Path, config: ConfigDict) -> Any:
 def _refuse_hf(error: Exception, config: ConfigDict, where: str) -> NoReturn:
     text = _line(error)
     if isinstance(error, ConnectionError):
-        raise UserError(
+        raise hub.failure()(
             f"{where}.name: {config.name!r} is no local file or folder, not in the cache, and the Hugging "
             "Face Hub cannot be reached; check the name and the network, or name a local copy"
         ) from error
@@ -475,7 +475,7 @@ def _prepared(tfds: Any, name: str, where: str) -> Any:
         raise UserError(f"{where}.name: TFDS has no dataset {name!r}{hint}") from None
     if not builder.is_prepared():
         if hub.offline():
-            raise UserError(
+            raise hub.failure()(
                 f"{where}.name: the TFDS dataset {name!r} is not in {builder.data_path.parent}, and there is "
                 "no network to download it; prepare it elsewhere and point TFDS_DATA_DIR to it"
             )

@@ -4,7 +4,8 @@
 
 For every program of the run it prints what a device needs at the fullest moment, the arrays that lie beside
 included, against what the chip has; then the most lanes and rows that would fit, what the devices exchange,
-FLOPs, and an estimate of the time. It ends with 0 if all fits and with 1 if not, saying what to change.
+FLOPs, and an estimate of the time. It ends with 0 if all fits and with 1 if not, saying what to change, or
+what the compiler said where it failed for another reason than the size.
 
 --lanes gives completions in hand over all devices, instead of `config.rollout.lanes`; --largest=no leaves out
 the search for the most lanes and rows. Needs libtpu (pip install 'jax[tpu]') and some minutes.
@@ -71,8 +72,9 @@ def check(
         console.print(report.of_largest(plan, most_lanes, most_rows))
     console.print(report.of_traffic(verdict))
     console.print(report.of_time(verdict))
-    for program, problem in verdict.problems.items():
-        console.print(f"{program} did not compile: {problem}", markup=False)
+    if verdict.problems:
+        console.print(report.of_problems(verdict), markup=False)
+        return 1
     if verdict.fits:
         console.print(f"It fits {topology}.")
         return 0

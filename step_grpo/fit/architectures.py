@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from ml_collections import ConfigDict
 
+from step_grpo import paths
 from step_grpo.errors import UserError
 from step_grpo.hub import offline
 from step_grpo.model.weights import read_json, resolve_checkpoint
@@ -64,6 +65,8 @@ def architecture_of(model: ConfigDict) -> dict[str, Any]:
     if not model.checkpoint:
         return model.architecture.to_dict()
     name = model.checkpoint
+    if paths.is_remote(name):
+        return read_json(paths.folder(name) / "config.json")
     if name.startswith("builtin:") or Path(name).expanduser().is_dir():
         return read_json(resolve_checkpoint(name) / "config.json")
     cached = try_to_load_from_cache(name, "config.json")

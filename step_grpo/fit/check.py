@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from step_grpo.errors import UserError
 from step_grpo.fit import solve
-from step_grpo.fit.chips import CHIPS, GIB, Chip, chip_count, chip_of
+from step_grpo.fit.chips import CHIPS, GIB, Chip, chip_count, chip_of, tensor_limit
 from step_grpo.fit.compile import SIZES, Result, Task
 from step_grpo.fit.programs import ROLLOUT, STAGES, UPDATE, Sizes, beside, chosen_lanes
 from step_grpo.rollout.engine import MOST_LANES
@@ -190,7 +190,7 @@ def advice(verdict: Verdict, lanes: int | None = None, rows: int | None = None) 
     if not config.lora.rank:
         freed = sum(plan.sizes.held[name] for name in ("params", "moments", "gradients")) / GIB
         said.append(f"train an adapter (config.lora.rank=16), which frees most of {freed:.1f} GiB a device")
-    if larger := larger_slice(plan.task.topology):
+    if larger := larger_slice(plan.task.topology, plan.sizes.mesh[2]):
         said.append(f"take a larger slice, such as {larger}")
     return said
 
@@ -200,7 +200,8 @@ def _for_rollout(plan: Plan, lanes: int | None) -> list[str]:
     if lanes and plan.lanes_asked:
         said.append(f"lower config.rollout.lanes to {lanes * plan.sizes.groups}")
     tensor = plan.sizes.mesh[2]
-    if held["decode weights"] > 0.1 * plan.limit:
+    room = plan.sizes.groups_here % 2 == 0 and 2 * tensor <= tensor_limit(plan.task.topology)
+    if held["decode weights"] > 0.1 * plan.limit and room:
         freed = held["decode weights"] / 2 / GIB
         said.append(
             f"raise config.mesh.tensor to {2 * tensor}: halves the decode weights, {freed:.1f} GiB a device"
@@ -226,8 +227,9 @@ def _for_update(plan: Plan, rows: int | None) -> list[str]:
     return said
 
 
-def larger_slice(topology: str) -> str:
-    """The next larger slice of the same chip; empty for none."""
+def larger_slice(topology: str, tensor: int) -> str:
+    """The next larger slice of the same chip that takes so large a `config.mesh.tensor`; empty for none."""
     kind = topology.partition(":")[0]
     names = [f"{kind}:{shape}" for shape in CHIPS[kind].slices]
-    return next((name for name in names if chip_count(name) > chip_count(topology)), "")
+    larger = (name for name in names if chip_count(name) > chip_count(topology))
+    return next((name for name in larger if tensor <= tensor_limit(name)), "")

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from step_grpo.errors import UserError
+from step_grpo.mesh import largest_tensor
 
 GIB = 2**30
 
@@ -18,6 +19,7 @@ class Chip:
     less than what is built in.
 
     Attributes:
+        kind: JAX's name of its devices.
         devices: that JAX sees of one chip.
         hbm: bytes of one device.
         flops: bfloat16 FLOP/s of one chip at its peak.
@@ -26,6 +28,7 @@ class Chip:
         slices: chips along each axis, the smallest slices first, of those that are handed out.
     """
 
+    kind: str
     devices: int
     hbm: float
     flops: float
@@ -37,10 +40,10 @@ class Chip:
 SLICES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SLICES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 CHIPS = {
-    "v5e": Chip(1, 15.75 * GIB, 197e12, 819e9, 400e9, SLICES_2D),
-    "v5p": Chip(1, 95.74 * GIB, 459e12, 2765e9, 1200e9, SLICES_3D),
-    "v6e": Chip(1, 31.25 * GIB, 918e12, 1638e9, 800e9, SLICES_2D),
-    "tpu7x": Chip(2, 94.75 * GIB, 2307e12, 7380e9, 1200e9, ("1x1x1", *SLICES_3D)),
+    "v5e": Chip("TPU v5 lite", 1, 15.75 * GIB, 197e12, 819e9, 400e9, SLICES_2D),
+    "v5p": Chip("TPU v5", 1, 95.74 * GIB, 459e12, 2765e9, 1200e9, SLICES_3D),
+    "v6e": Chip("TPU v6 lite", 1, 31.25 * GIB, 918e12, 1638e9, 800e9, SLICES_2D),
+    "tpu7x": Chip("TPU7x", 2, 94.75 * GIB, 2307e12, 7380e9, 1200e9, ("1x1x1", *SLICES_3D)),
 }
 
 
@@ -60,6 +63,11 @@ def chip_of(topology: str) -> Chip:
             f"{kind}:{CHIPS[kind].slices[2]}"
         )
     return CHIPS[kind]
+
+
+def tensor_limit(topology: str) -> float:
+    """The largest `config.mesh.tensor` that compiles for a slice, as far as its kind and size say."""
+    return largest_tensor(CHIPS[topology.partition(":")[0]].kind, chip_count(topology))
 
 
 def chip_count(topology: str) -> int:

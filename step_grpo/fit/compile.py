@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,6 +31,13 @@ WITHOUT_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # to read a program back takes the chip that it is for
 }
+OF_THE_USER = (  # not in the child
+    "XLA_FLAGS",
+    "JAX_EXEC_TIME_OPTIMIZATION_EFFORT",
+    "JAX_MEMORY_FITTING_EFFORT",
+    "JAX_OPTIMIZATION_LEVEL",
+    "JAX_MEMORY_FITTING_LEVEL",
+)
 SIZES = "sizes"  # in place of a program: nothing is compiled
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _TOO_LARGE = (
@@ -126,22 +133,34 @@ def decoded(answer: dict[str, Any]) -> Result:
     return Result(**{**answer, "traffic": tuple(Traffic(*t) for t in answer.get("traffic", ()))})
 
 
+def _environment(outside: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the child: nothing of the user's makes the compiler try less hard, or otherwise."""
+    return {name: value for name, value in outside.items() if name not in OF_THE_USER} | WITHOUT_TPU
+
+
 def _in_child(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     """What a child process answers to each of some tasks."""
     with tempfile.TemporaryDirectory() as logs:
         done = subprocess.run(
             [sys.executable, "-m", __name__],
             input=json.dumps([asdict(task) | {"config": task.config.to_dict()} for task in tasks]).encode(),
-            env={**os.environ, **WITHOUT_TPU, "TPU_LOG_DIR": logs},
+            env={**_environment(os.environ), "TPU_LOG_DIR": logs},
             capture_output=True,
             check=False,
         )
     lines = done.stdout.decode(errors="replace").splitlines()
     if done.returncode or not lines:
-        errors = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-        problem = errors[-1] if errors else f"the compiler's process ended with {done.returncode}"
+        said = done.stderr.decode(errors="replace")
+        problem = problem_of(said) or f"the compiler's process ended with {done.returncode}"
         return [{"peak": math.inf, "fits": False, "problem": problem} for _ in tasks]
     return json.loads(lines[-1])
+
+
+def problem_of(said: str) -> str:
+    """The first line of the last exception of a text, or its last line where there is none."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return (raised or lines or [""])[-1]
 
 
 def bytes_asked(message: str) -> float | None:

@@ -101,6 +101,13 @@ def of_time(verdict: Verdict) -> str:
     )
 
 
+def of_problems(verdict: Verdict) -> str:
+    """What did not compile, in the first line of the compiler's own words; that says nothing of its size."""
+    plan = verdict.plan
+    lines = [f"{program}: {problem.splitlines()[0]}" for program, problem in verdict.problems.items()]
+    return "\n".join([f"It does not compile for {plan.task.topology}:", *(f"- {line}" for line in lines)])
+
+
 def of_failure(verdict: Verdict, advice: Sequence[str]) -> str:
     """Why it does not fit, and what would help."""
     plan, name = verdict.plan, verdict.worst

@@ -226,8 +226,8 @@ with full effort. Nothing was run.
 
 The figure is what a device needs at the fullest moment of the run, all other arrays included, its share of
 the device's memory, and the program in which that is. Lanes are those that the run itself would take, over
-all devices. A chip of tpu7x has two devices. On v5e and v6e slices of several hosts the compiler refuses a
-rollout whose weights are spread over a host's devices: `none` where they do not fit one device.
+all devices. A chip of tpu7x has two devices. On v5e and v6e slices of several hosts the compiler refuses most
+rollouts whose weights are spread over a host's devices: `none` where they do not fit one device.
 At most three slices of a chip were tried, from the smallest that may hold the arrays."""
 
 

@@ -17,6 +17,7 @@ from step_grpo.model.linear import Weight
 from step_grpo.model.qwen import Params, QwenConfig, config_from_hf, logical_axes
 from step_grpo.model.weights import (
     TOKENIZER_FILES,
+    checksum,
     lay_out,
     load_checkpoint,
     load_params,
@@ -35,6 +36,7 @@ class Description:
     generation: dict[str, Any]  # contents of generation_config.json
     eos_ids: tuple[int, ...]
     tokenizer: Any
+    weights: str = ""  # `weights.checksum` of the files that the weights came from, if they did
 
 
 def load_model(
@@ -58,7 +60,12 @@ def load_model(
         checkpoint = load_checkpoint(resolve_checkpoint(config.checkpoint))
         tokenizer = load_tokenizer(config.tokenizer or str(checkpoint.folder))
         described = Description(
-            checkpoint.config, checkpoint.hf_config, checkpoint.generation, checkpoint.eos_ids, tokenizer
+            checkpoint.config,
+            checkpoint.hf_config,
+            checkpoint.generation,
+            checkpoint.eos_ids,
+            tokenizer,
+            checksum(checkpoint),
         )
         check_vocabulary(described)
         return described, load_params(checkpoint, mesh, keep=keep)

@@ -7,6 +7,7 @@ heads joined (`[N*H, D]`); ours are `[in, out]`, heads apart (`wq_DNH`), and the
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -25,10 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import step_grpo
-from step_grpo import paths
+from step_grpo import hub, paths
 from step_grpo.distributed import is_first
 from step_grpo.errors import UserError
-from step_grpo.hub import offline
 from step_grpo.mesh import shardings
 from step_grpo.model.linear import Weight, axes_of, dense
 from step_grpo.model.qwen import (
@@ -41,6 +41,7 @@ from step_grpo.model.qwen import (
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LOOKED_AT = 64  # values of each tensor that tell one model from another
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # never opened
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -151,6 +152,22 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         dtype=_check_tensors(files, config),
         files=files,
     )
+
+
+def checksum(checkpoint: Checkpoint) -> str:
+    """A checksum of the first values of every tensor, as float32: training changes nearly all of them.
+
+    It does not depend on the type that they are stored in, on shards or on devices.
+    """
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        handles = {path: stack.enter_context(_open(path)) for path in set(checkpoint.files.values())}
+        for name, path in sorted(checkpoint.files.items()):
+            tensor = handles[path].get_slice(name)
+            *outer, width = tensor.get_shape()
+            first = (*(slice(1) for _ in outer), slice(min(width, LOOKED_AT)))
+            digest.update(name.encode() + tensor[first].astype(np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def load_params(
@@ -343,18 +360,17 @@ def _snapshot(name: str, field: str) -> Path:
     from huggingface_hub import errors, snapshot_download  # noqa: PLC0415
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+    kind = UserError
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline()))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=hub.offline()))
     except errors.GatedRepoError:
         reason = "the Hub wants you to accept its licence and to log in (`hf auth login`)"
     except errors.RepositoryNotFoundError:
         reason = "the Hub has no such model, or it is private (`hf auth login`)"
     except Exception as error:  # one line for the user whatever goes wrong between here and the Hub
         unreachable = "the Hub cannot be reached (offline?), and the cache does not have it"
-        reason = unreachable if offline() else _one_line(error)
-    raise UserError(
-        f"{field}: {name!r} is no folder, and {reason}; give a folder, a Hub name, or builtin:tiny"
-    )
+        reason, kind = unreachable if hub.offline() else _one_line(error), hub.failure(error)
+    raise kind(f"{field}: {name!r} is no folder, and {reason}; give a folder, a Hub name, or builtin:tiny")
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from functools import partial
 from statistics import NormalDist
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
+from safetensors.numpy import load_file, save_file
 from short_run import short_config, train
 
 from step_grpo import checkpoint
@@ -27,8 +29,9 @@ from step_grpo.model import lora, qwen
 from step_grpo.model.attention import XLA, choose_attention
 from step_grpo.model.cache import empty_cache
 from step_grpo.model.linear import Adapted, dense, product
+from step_grpo.model.load import load_model
 from step_grpo.model.rounding import Rounded, round_off
-from step_grpo.model.weights import RULES, lay_out
+from step_grpo.model.weights import RULES, lay_out, resolve_checkpoint
 
 SIZES = {
     "vocab_size": 4099, "width": 12, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 6, "ffn": 10,
@@ -391,6 +394,25 @@ def test_resumed_lora_run_equals_an_uninterrupted_one_bit_for_bit(lora_run, tmp_
     assert resumed.metrics == lora_run.metrics
     assert resumed.completions("after") == lora_run.completions("after")
     assert identical(*(checkpoint.open_model(run.workdir).params for run in (lora_run, resumed)))
+
+
+def test_another_base_under_the_same_name_is_refused(lora_run, tmp_path, monkeypatch):
+    changed = shutil.copytree(resolve_checkpoint("builtin:tiny"), tmp_path / "changed")
+    weights = load_file(changed / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"] * 1.01
+    save_file(weights, changed / "model.safetensors")
+    monkeypatch.setattr("step_grpo.model.load.resolve_checkpoint", lambda name: changed)
+    folder = checkpoint.saved_steps(lora_run.workdir)[-1]
+    with pytest.raises(UserError, match=r"an adapter of 'builtin:tiny', whose weights have changed since"):
+        checkpoint.open_model(folder)
+    described, _ = load_model(lora_run.config.model, 0)
+    run = checkpoint.read_run(folder)
+    with pytest.raises(
+        UserError, match=r"began from other weights than those that 'builtin:tiny' .* has now"
+    ):
+        checkpoint.check_same_model(folder, run, described)
+    del run["loaded"]  # as older versions wrote it
+    checkpoint.check_same_model(folder, run, described)
 
 
 def test_run_over_rounded_weights_samples_and_evaluates_the_policy_that_it_trains(tmp_path):

@@ -388,13 +388,13 @@ def test_name_that_is_nothing_names_the_field(name):
     assert refusal(resolve_checkpoint, name).startswith("config.model.checkpoint: ")
 
 
-def resolve_in_a_process(tmp_path, **environment) -> tuple[str, float]:
-    """What resolving a Hub name says in a fresh process with an empty cache, and the seconds it takes."""
+def resolve_in_a_process(tmp_path, **environment) -> tuple[int, str, float]:
+    """What resolving a Hub name ends with in a fresh process with an empty cache: code, message, seconds."""
     code = (
         "import time\nfrom step_grpo.errors import UserError\nfrom step_grpo.model import weights\n"
         "start = time.monotonic()\n"
         "try: weights.resolve_checkpoint('Qwen/Qwen3-0.6B')\n"
-        "except UserError as error: print(error)\n"
+        "except UserError as error: print(error.exit_code, error)\n"
         "print(time.monotonic() - start)"
     )
     ours = {
@@ -404,12 +404,14 @@ def resolve_in_a_process(tmp_path, **environment) -> tuple[str, float]:
     env = {**ours, "HF_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", **environment}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     message, seconds = run.stdout.splitlines()
-    return message, float(seconds)
+    code, _, message = message.partition(" ")
+    return int(code), message, float(seconds)
 
 
 @pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
 def test_hub_out_of_reach_is_one_line_at_once(tmp_path, environment):
-    message, seconds = resolve_in_a_process(tmp_path, **environment)
+    code, message, seconds = resolve_in_a_process(tmp_path, **environment)
+    assert code == (2 if "HF_HUB_OFFLINE" in environment else 75)
     assert message.startswith("config.model.checkpoint: 'Qwen/Qwen3-0.6B'") and "cannot be reached" in message
     assert seconds < 10
 
@@ -419,18 +421,23 @@ def test_hub_that_never_answers_is_given_up(tmp_path):
 
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and stays silent
         start = time.monotonic()
-        message, seconds = resolve_in_a_process(
+        code, message, seconds = resolve_in_a_process(
             tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.getsockname()[1]}"
         )
-    assert "cannot be reached" in message
+    assert code == 75 and "cannot be reached" in message
     assert seconds < 10 and time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "reason"),
-    [(404, "RepoNotFound", "no such model"), (401, "", "401"), (403, "GatedRepo", "licence")],
+    ("status", "code", "reason", "ends"),
+    [
+        (404, "RepoNotFound", "no such model", 2),
+        (401, "", "401", 2),
+        (403, "GatedRepo", "licence", 2),
+        (503, "", "503", 75),
+    ],
 )
-def test_hub_refusal_says_why(tmp_path, status, code, reason):
+def test_hub_refusal_says_why(tmp_path, status, code, reason, ends):
     import http.server
     import threading
 
@@ -449,9 +456,11 @@ def test_hub_refusal_says_why(tmp_path, status, code, reason):
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        message, _ = resolve_in_a_process(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+        found, message, _ = resolve_in_a_process(
+            tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}"
+        )
         server.shutdown()
-    assert reason in message
+    assert reason in message and found == ends
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2"])
