@@ -38,7 +38,7 @@ from step_grpo.evaluate import (
     summarise,
     write_completions,
 )
-from step_grpo.export import write_hf_folder
+from step_grpo.export import remove_debris, write_hf_folder
 from step_grpo.grpo.advantages import advantages, mixed_groups
 from step_grpo.grpo.loss import token_weights
 from step_grpo.grpo.packing import Sample, pack, stack
@@ -184,14 +184,16 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
 def go_on(
     workdir: Path, state: TrainState, described: Description, config: ConfigDict
 ) -> tuple[checkpoint.Progress, TrainState]:
-    """`checkpoint.restore`; the result of an earlier run goes, for only what has come to its end has one.
+    """`checkpoint.restore`; what an interruption has left goes, and so does the result of an earlier run.
 
-    A run that is refused leaves it where it is.
+    Only what has come to its end has a result. A run that is refused leaves everything where it is.
     """
-    restored = checkpoint.restore(workdir, state, described, config)
+    progress, state = checkpoint.restore(workdir, state, described, config)
     if distributed.is_first():
+        checkpoint.put_away(workdir, progress.step, config)
+        remove_debris(workdir / "export")
         (workdir / "result.json").unlink(missing_ok=True)
-    return restored
+    return progress, state
 
 
 def finish(
