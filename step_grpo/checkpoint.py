@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import jax
@@ -69,9 +69,15 @@ class Saver:
     `FunctionError`, the newest state that was offered is saved too.
     """
 
-    def __init__(self, workdir: Path, described: Description, config: ConfigDict):
-        """Writes nothing yet."""
-        self._workdir, self._described, self._config = workdir, described, config
+    def __init__(
+        self,
+        workdir: Path,
+        described: Description,
+        config: ConfigDict,
+        data: Mapping[str, str] = MappingProxyType({}),
+    ):
+        """Writes nothing yet; `data` are checksums of the questions by the fields that they come from."""
+        self._workdir, self._described, self._config, self._data = workdir, described, config, data
         self._newest: tuple[Progress, TrainState] | None = None
         self._saved: Progress | None = None
         self._thread: threading.Thread | None = None
@@ -171,6 +177,7 @@ class Saver:
                 if failures:
                     raise failures[0]
                 if is_first():
+                    sync_lines(self._workdir)
                     writing = paths.written_to(folder_of(self._workdir, progress.step))
                     write_json(writing / RUN, self._run(progress, paths.sizes(writing), sums()))
             if is_first():
@@ -185,6 +192,7 @@ class Saver:
             "config": plain(self._config),
             "version": step_grpo.__version__,
             "vocabulary": vocabulary_of(self._described.tokenizer),
+            "data": dict(self._data),
             "files": files,
             "checksums": sums,
         }
@@ -209,6 +217,13 @@ class Saver:
             self.finish()
         elif self._thread is not None:  # what went wrong is told, not what comes of it
             self._thread.join()
+
+
+def sync_lines(workdir: Path) -> None:
+    """Makes the lines of the steps up to a checkpoint outlast a loss of power, as the checkpoint will."""
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        if not paths.is_remote(workdir) and (workdir / name).is_file():
+            paths.sync(workdir / name)
 
 
 def _held(state: TrainState) -> dict[str, Any]:
@@ -288,7 +303,11 @@ class DamagedError(UserError):
 
 
 def restore(
-    workdir: Path, state: TrainState, described: Description, config: ConfigDict
+    workdir: Path,
+    state: TrainState,
+    described: Description,
+    config: ConfigDict,
+    data: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Progress, TrainState]:
     """The newest whole checkpoint of a workdir, or `state` at step 0 where there is none.
 
@@ -299,13 +318,15 @@ def restore(
         state: freshly initialised; says what shapes, types and shardings to restore into.
         described: the model that the run trains.
         config: of the run that goes on.
+        data: as of `Saver`.
 
     Raises:
-        UserError: the checkpoint is of a run with another config, model or vocabulary, or all are damaged.
+        UserError: the checkpoint is of a run with another config, model, vocabulary or data, or all are
+            damaged.
     """
     for folder in reversed(checkpoint_folders(workdir)):
         try:
-            return _restored(folder, state, described, config)
+            return _restored(folder, state, described, config, data)
         except DamagedError as error:
             print(f"warning: {error}; it is left out", flush=True)
     # In a bucket a folder without its marker is what an interrupted save leaves, on a disk it never is.
@@ -315,7 +336,7 @@ def restore(
 
 
 def _restored(
-    folder: Path, like: TrainState, described: Description, config: ConfigDict
+    folder: Path, like: TrainState, described: Description, config: ConfigDict, data: Mapping[str, str]
 ) -> tuple[Progress, TrainState]:
     """What `restore` returns, of one checkpoint.
 
@@ -329,6 +350,7 @@ def _restored(
             raise DamagedError(f"{folder} is damaged: it is a copy of that of step {run['step']}")
         check_same_run(run["config"], plain(config), folder)
         check_same_model(folder, run, described)
+        check_same_data(run.get("data", {}), data, folder)
         state = _read_state(folder, like)
     except DamagedError as error:
         failed = error
@@ -429,38 +451,60 @@ FREE_FIELDS = (
     "grpo.max_skipped",
     "rollout.lanes",
     "reward.grading_workers",
+    "warn",
+    "log",
 )
-"""What may differ when a run goes on: how long it is, what it keeps, how it is spread over the machine."""
-FREE_GROUPS = ("warn", "log")
+"""What may differ when a run goes on, fields and groups of them: how long it is, what it keeps and shows."""
+ROUNDING = ("mesh", "grpo.rows", "grpo.logprob_chunk", "model.attention", "model.remat")
+"""What may differ too, but changes results up to rounding: how the work is spread over the machine."""
 
 
 def bound_fields(config: ConfigDict) -> dict[str, Any]:
-    """The fields of a config that its results may depend on, by their dotted names."""
-    return _bound(plain(config))
+    """The fields of a config that may not differ when a run goes on, by their dotted names."""
+    return _without(plain(config), FREE_FIELDS + ROUNDING)
 
 
-def _bound(settings: dict[str, Any]) -> dict[str, Any]:
-    free = {f"config.{field}" for field in FREE_FIELDS}
-    groups = tuple(f"config.{group}." for group in FREE_GROUPS)
-    return {
-        name: value
-        for name, value in _leaves(settings, "config")
-        if name not in free and not name.startswith(groups)
-    }
+def exact_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a config that its results depend on to the last bit, by their dotted names."""
+    return _without(plain(config), FREE_FIELDS)
+
+
+def _without(settings: dict[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    """The fields that are not free, nor in a group that is."""
+    names = {f"config.{name}" for name in free}
+    groups = tuple(f"{name}." for name in names)
+    fields = dict(_leaves(settings, "config"))
+    return {name: fields[name] for name in fields if name not in names and not name.startswith(groups)}
 
 
 def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     """Refuses to go on with a run under other settings; only those may change that alter no result.
 
+    A result may change by rounding, as it does on another machine.
+
     Raises:
         UserError: naming the first field that differs, and both values.
     """
-    before, now = _bound(saved), _bound(wanted)
+    before, now = (_without(settings, FREE_FIELDS + ROUNDING) for settings in (saved, wanted))
     for field in sorted({*before, *now}):
         if before.get(field) != now.get(field):
             raise UserError(
                 f"{folder} was made with {field}={before.get(field)!r}, not {now.get(field)!r}; use a new "
                 "--workdir, or the same settings"
+            )
+
+
+def check_same_data(saved: Mapping[str, str], wanted: Mapping[str, str], folder: Path) -> None:
+    """Refuses to go on with other questions, as a file has that was changed; older checkpoints know of none.
+
+    Raises:
+        UserError: naming the data that differ.
+    """
+    for field in saved.keys() & wanted.keys():
+        if saved[field] != wanted[field]:
+            raise UserError(
+                f"{folder} was made with other questions: {field} gave {saved[field]}, and now gives "
+                f"{wanted[field]}; use a new --workdir, or the same data"
             )
 
 

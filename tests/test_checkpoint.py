@@ -94,6 +94,33 @@ def test_run_file_lists_every_other_file_with_its_size(saved):
     assert {"config", "version", "vocabulary"} <= run.keys()
 
 
+def test_all_of_a_checkpoint_and_its_lines_are_on_the_disk_before_it_has_its_name(
+    described, tmp_path, monkeypatch
+):
+    """A loss of power behind the renaming could leave names without contents."""
+    real, synced, workdir = os.fsync, [], tmp_path / "run"
+    folder = workdir / "checkpoints"
+    workdir.mkdir()
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        (workdir / name).write_text("{}\n")
+
+    def fsync(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    def rename(path, target):
+        needed = [path, *path.rglob("*"), workdir / "metrics.jsonl", workdir / "rollouts.jsonl"]
+        assert not set(needed) - set(synced)
+        synced.clear()
+        os.rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    with Saver(workdir, described, CONFIG) as saver:
+        saver.save(Progress(1, 4, 0), state_of(1))
+    assert synced[0] == folder and (folder / "000001").is_dir()
+
+
 def kept_by_hand(steps, newest, every, values):
     """Restated: go through the steps one by one."""
     stay, best = [], None
@@ -341,9 +368,14 @@ def test_run_that_goes_on_behind_a_damaged_checkpoint_keeps_its_own_and_names_it
 
 
 def test_checkpoint_that_is_saved_stays_whatever_else_is_there(workdir, described):
-    with Saver(workdir, described, short_config({"keep_checkpoints": 1})) as saver:
-        shutil.copytree(workdir / "checkpoints" / "000002", workdir / "checkpoints" / "000009")
+    folder, config = workdir / "checkpoints", short_config({"keep_checkpoints": 1})
+    with (
+        pytest.raises(StoppedError, match=f"goes on from {folder / '000003'}"),
+        Saver(workdir, described, config) as saver,
+    ):
+        shutil.copytree(folder / "000002", folder / "000009")
         saver.save(Progress(3, 12, 2), state_of(3))
+        raise StoppedError
     assert_is(3, restore(workdir, state_of(0), described, CONFIG))
 
 
@@ -395,6 +427,25 @@ def _with(described, **fields):
     import dataclasses
 
     return dataclasses.replace(described, **fields)
+
+
+def test_other_questions_are_refused_by_the_field_they_come_from(described, tmp_path):
+    """As a data file gives that was changed behind the run."""
+    data = {"config.data": "3 prompts with the checksum a", "config.eval.data": "2 prompts"}
+    with Saver(tmp_path, described, CONFIG, data) as saver:
+        saver.save(Progress(1, 4, 0), state_of(1))
+    assert_is(1, restore(tmp_path, state_of(0), described, CONFIG, data))
+    assert_is(1, restore(tmp_path, state_of(0), described, CONFIG))
+    with pytest.raises(UserError, match=r"config\.data gave 3 prompts .* a, and now gives 3 prompts .* b"):
+        restore(tmp_path, state_of(0), described, CONFIG, {**data, "config.data": "3 prompts with b"})
+
+
+def test_checkpoint_from_before_questions_were_noted_is_taken(workdir, described):
+    path = workdir / "checkpoints" / "000002" / "run.json"
+    run = json.loads(path.read_text())
+    del run["data"]
+    path.write_text(json.dumps(run))
+    assert_is(2, restore(workdir, state_of(0), described, CONFIG, {"config.data": "3 prompts"}))
 
 
 def test_weights_of_other_shapes_are_never_half_loaded(workdir, described):
