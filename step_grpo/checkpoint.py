@@ -1,22 +1,22 @@
 """Checkpoints of a run: everything that resuming or exporting needs, in one folder a step.
 
 `WORKDIR/checkpoints/000010/` holds `params/` and `optimizer/` (Orbax), `model/` (configs and tokenizer, as
-in a Hugging Face folder) and `run.json` (step, data cursor, config, version, checksums of the vocabulary and
-of the weights that the run began from, and the size of every file), written last: a folder without it is no
-checkpoint. `params/` is what is trained: all weights, or the adapter, whose base is loaded anew as the
-config says. On a disk the folder even appears under its name only when it is complete. Orbax's interface is
-used here alone.
+in a Hugging Face folder) and `run.json` (step, data cursor, config, version, checksums of the vocabulary, of
+the weights that the run began from and of every array, and the size of every file), written last: a folder
+without it is no checkpoint. `params/` is what is trained: all weights, or the adapter, whose base is loaded
+anew as the config says. On a disk the folder even appears under its name only when it is complete. Orbax's
+interface is used here alone.
 """
 
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import jax
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.experimental import v1 as ocp
 
 import step_grpo
-from step_grpo import paths
+from step_grpo import checksums, paths
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.distributed import anywhere, is_first
 from step_grpo.errors import FunctionError, TransientError, UserError
@@ -47,6 +47,7 @@ from step_grpo.model.weights import (
 from step_grpo.preemption import StoppedError
 
 RUN = "run.json"
+DAMAGED = ".damaged"  # behind the name of a checkpoint that was left out
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,15 @@ class Saver:
     `FunctionError`, the newest state that was offered is saved too.
     """
 
-    def __init__(self, workdir: Path, described: Description, config: ConfigDict):
-        """Writes nothing yet."""
-        self._workdir, self._described, self._config = workdir, described, config
+    def __init__(
+        self,
+        workdir: Path,
+        described: Description,
+        config: ConfigDict,
+        data: Mapping[str, str] = MappingProxyType({}),
+    ):
+        """Writes nothing yet; `data` are checksums of the questions by the fields that they come from."""
+        self._workdir, self._described, self._config, self._data = workdir, described, config, data
         self._newest: tuple[Progress, TrainState] | None = None
         self._saved: Progress | None = None
         self._thread: threading.Thread | None = None
@@ -117,18 +124,18 @@ class Saver:
         except Exception as error:
             failure = error
         self._fail_together(folder, failure, replacing)  # the others come here when the folder is there
-        where = paths.absolute(paths.written_to(folder))
+        where, begun, held = paths.absolute(paths.written_to(folder)), list[Any](), _held(state)
         try:
-            begun = [
-                ocp.save_async(where / "params", state.params),
-                ocp.save_async(where / "optimizer", {"step": state.step, "state": state.opt_state}),
-            ]
+            for name, tree in held.items():
+                begun.append(ocp.save_async(where / name, tree))
         except Exception as error:
             failure = error
+            for response in begun:  # what is still writing would make the folder anew
+                _failure_of(response)
         self._fail_together(folder, failure, replacing)
         self._saved = progress
         self._thread = threading.Thread(
-            target=self._complete, args=(progress, begun, replacing), name="checkpoint"
+            target=self._complete, args=(progress, begun, checksums.begin(held), replacing), name="checkpoint"
         )
         self._thread.start()
 
@@ -157,7 +164,13 @@ class Saver:
             f"{self._how_to_go_on()}"
         ) from failure
 
-    def _complete(self, progress: Progress, begun: Sequence[Any], replacing: ExitStack) -> None:
+    def _complete(
+        self,
+        progress: Progress,
+        begun: Sequence[Any],
+        sums: Callable[[], dict[str, int]],
+        replacing: ExitStack,
+    ) -> None:
         """Waits for Orbax, then lets the checkpoint appear; in a thread of its own."""
         try:
             with replacing:
@@ -166,14 +179,15 @@ class Saver:
                 if failures:
                     raise failures[0]
                 if is_first():
+                    sync_lines(self._workdir)
                     writing = paths.written_to(folder_of(self._workdir, progress.step))
-                    write_json(writing / RUN, self._run(progress, paths.sizes(writing)))
+                    write_json(writing / RUN, self._run(progress, paths.sizes(writing), sums()))
             if is_first():
-                self._remove_old()
+                remove_old(self._workdir, progress.step, self._config)
         except Exception as error:  # told by `finish`, in the thread that may raise
             self._failure = error
 
-    def _run(self, progress: Progress, files: dict[str, int]) -> dict[str, Any]:
+    def _run(self, progress: Progress, files: dict[str, int], sums: dict[str, int]) -> dict[str, Any]:
         """The contents of `run.json`."""
         return {
             **asdict(progress),
@@ -181,19 +195,13 @@ class Saver:
             "version": step_grpo.__version__,
             "vocabulary": vocabulary_of(self._described.tokenizer),
             "loaded": self._described.weights,
+            "data": dict(self._data),
             "files": files,
+            "checksums": sums,
         }
 
-    def _remove_old(self) -> None:
-        found = {int(path.name): path for path in saved_steps(self._workdir)}
-        values = metric_of(self._workdir, self._config.keep_best)
-        for step in found.keys() - kept(
-            sorted(found), self._config.keep_checkpoints, self._config.keep_every, values
-        ):
-            paths.remove(found[step], marker=RUN)
-
     def _how_to_go_on(self) -> str:
-        there = saved_steps(self._workdir)
+        there = [folder_of(self._workdir, self._saved.step)] if self._saved else saved_steps(self._workdir)
         begins = f"goes on from {there[-1]}" if there else "begins anew"
         return f"run the same line again: it {begins}"
 
@@ -212,6 +220,18 @@ class Saver:
             self.finish()
         elif self._thread is not None:  # what went wrong is told, not what comes of it
             self._thread.join()
+
+
+def sync_lines(workdir: Path) -> None:
+    """Makes the lines of the steps up to a checkpoint outlast a loss of power, as the checkpoint will."""
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        if not paths.is_remote(workdir) and (workdir / name).is_file():
+            paths.sync(workdir / name)
+
+
+def _held(state: TrainState) -> dict[str, Any]:
+    """What of a state lies in which folder of a checkpoint."""
+    return {"params": state.params, "optimizer": {"step": state.step, "state": state.opt_state}}
 
 
 def _failure_of(response: Any) -> Exception | None:
@@ -239,6 +259,19 @@ def kept(steps: Sequence[int], newest: int, every: int, values: Mapping[int, flo
     """
     best = sorted((values[step], step) for step in steps if step in values)[-1:]
     return {*steps[-newest:], *(s for s in steps if every and s % every == 0), *(step for _, step in best)}
+
+
+def remove_old(workdir: Path, step: int, config: ConfigDict) -> None:
+    """Deletes the checkpoints that are not to be kept, never that of `step`, the newest of the run."""
+    found = {int(path.name): path for path in saved_steps(workdir)}
+    values = metric_of(workdir, config.keep_best)
+    stay = kept(sorted(found), config.keep_checkpoints, config.keep_every, values)
+    for old in found.keys() - stay - {step}:
+        paths.remove(found[old], marker=RUN)
+    for damaged in (workdir / "checkpoints").glob(f"[0-9]*{DAMAGED}"):
+        name = damaged.name.removesuffix(DAMAGED)
+        if name.isdecimal() and int(name) <= step:  # the run has come there again
+            paths.remove(damaged, marker=RUN)
 
 
 def metric_of(workdir: Path, name: str) -> dict[int, float]:
@@ -273,44 +306,103 @@ class DamagedError(UserError):
 
 
 def restore(
-    workdir: Path, state: TrainState, described: Description, config: ConfigDict
+    workdir: Path,
+    state: TrainState,
+    described: Description,
+    config: ConfigDict,
+    data: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Progress, TrainState]:
     """The newest whole checkpoint of a workdir, or `state` at step 0 where there is none.
 
-    A damaged one is named, and the one before it is taken.
+    A damaged one is named, and the one before it is taken. Nothing is written: see `put_away`.
 
     Args:
         workdir: of the run.
         state: freshly initialised; says what shapes, types and shardings to restore into.
         described: the model that the run trains.
         config: of the run that goes on.
+        data: as of `Saver`.
 
     Raises:
-        UserError: the checkpoint is of a run with another config, model or vocabulary, or all are damaged.
+        UserError: the checkpoint is of a run with another config, model, vocabulary or data, or all are
+            damaged.
     """
-    damaged = ""
     for folder in reversed(checkpoint_folders(workdir)):
-        found: tuple[Progress, TrainState] | None = None
-        damaged = f"{folder} is damaged for another process"
         try:
-            run = read_run(folder)
-            check_same_run(run["config"], plain(config), folder)
-            check_same_model(folder, run, described)
-            found = Progress(run["step"], run["cursor"], run.get("skipped", 0)), _read_state(folder, state)
+            return _restored(folder, state, described, config, data)
         except DamagedError as error:
-            damaged = str(error)
-        if not anywhere(found is None) and found:
-            return found
-        print(f"warning: {damaged}; it is left out", flush=True)
-    if damaged and saved_steps(workdir):
+            print(f"warning: {error}; it is left out", flush=True)
+    # In a bucket a folder without its marker is what an interrupted save leaves, on a disk it never is.
+    if saved_steps(workdir) if paths.is_remote(workdir) else checkpoint_folders(workdir):
         raise UserError(f"{workdir / 'checkpoints'}: none is whole; delete the folder to begin anew")
     return Progress(0, 0), state
 
 
+def _restored(
+    folder: Path, like: TrainState, described: Description, config: ConfigDict, data: Mapping[str, str]
+) -> tuple[Progress, TrainState]:
+    """What `restore` returns, of one checkpoint.
+
+    Raises:
+        DamagedError: in all processes, if it is not whole for one of them.
+    """
+    failed = None
+    try:
+        run = read_run(folder)
+        if run["step"] != int(folder.name):
+            raise DamagedError(f"{folder} is damaged: it is a copy of that of step {run['step']}")
+        check_same_run(run["config"], plain(config), folder)
+        check_same_model(folder, run, described)
+        check_same_data(run.get("data", {}), data, folder)
+        state = _read_state(folder, like)
+    except DamagedError as error:
+        failed = error
+    if anywhere(failed is not None):
+        raise failed or DamagedError(f"{folder} is damaged for another process")
+    check_sums(folder, run, _held(state))
+    return Progress(run["step"], run["cursor"], run.get("skipped", 0)), state
+
+
 def _read_state(folder: Path, like: TrainState) -> TrainState:
-    params = load_tree(folder / "params", like.params)
-    optimizer = load_tree(folder / "optimizer", {"step": like.step, "state": like.opt_state})
-    return TrainState(optimizer["step"], params, optimizer["state"])
+    read = {name: load_tree(folder / name, tree) for name, tree in _held(like).items()}
+    return TrainState(read["optimizer"]["step"], read["params"], read["optimizer"]["state"])
+
+
+def put_away(workdir: Path, step: int, config: ConfigDict) -> None:
+    """Makes room for a run that goes on from `step` and holds the workdir; the first process calls it.
+
+    Checkpoints behind that step are damaged, or `restore` would have taken them. They get another name, so
+    that nothing takes them for the newest; in a bucket, where nothing can be renamed, they are deleted. So is
+    what interrupted writes have left, and what an interruption has kept from being deleted.
+    """
+    for folder in checkpoint_folders(workdir):
+        if int(folder.name) > step and not paths.is_remote(folder):
+            aside = folder.with_name(folder.name + DAMAGED)
+            paths.remove(aside, marker=RUN)
+            folder.rename(aside)
+        elif int(folder.name) > step or not (folder / RUN).is_file():
+            paths.remove(folder, marker=RUN)
+    for left in (workdir / "checkpoints").glob(".[0-9]*.partial"):
+        paths.remove(left, marker=RUN)
+    remove_old(workdir, step, config)
+
+
+def check_sums(folder: Path, run: Mapping[str, Any], held: Mapping[str, Any]) -> None:
+    """Compares what was read from a checkpoint with what was saved; all processes must call it alike.
+
+    Args:
+        folder: the checkpoint.
+        run: its `run.json`; older ones have no checksums.
+        held: trees of arrays by the folder that they were read from.
+
+    Raises:
+        DamagedError: naming the first array that is not what was saved.
+    """
+    if not (saved := run.get("checksums")):
+        return
+    for name, found in checksums.begin(held)().items():
+        if saved.get(name) != found:
+            raise DamagedError(f"{folder} is damaged: the values of {name} are not those that were saved")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -375,38 +467,60 @@ FREE_FIELDS = (
     "grpo.max_skipped",
     "rollout.lanes",
     "reward.grading_workers",
+    "warn",
+    "log",
 )
-"""What may differ when a run goes on: how long it is, what it keeps, how it is spread over the machine."""
-FREE_GROUPS = ("warn", "log")
+"""What may differ when a run goes on, fields and groups of them: how long it is, what it keeps and shows."""
+ROUNDING = ("mesh", "grpo.rows", "grpo.logprob_chunk", "model.attention", "model.remat")
+"""What may differ too, but changes results up to rounding: how the work is spread over the machine."""
 
 
 def bound_fields(config: ConfigDict) -> dict[str, Any]:
-    """The fields of a config that its results may depend on, by their dotted names."""
-    return _bound(plain(config))
+    """The fields of a config that may not differ when a run goes on, by their dotted names."""
+    return _without(plain(config), FREE_FIELDS + ROUNDING)
 
 
-def _bound(settings: dict[str, Any]) -> dict[str, Any]:
-    free = {f"config.{field}" for field in FREE_FIELDS}
-    groups = tuple(f"config.{group}." for group in FREE_GROUPS)
-    return {
-        name: value
-        for name, value in _leaves(settings, "config")
-        if name not in free and not name.startswith(groups)
-    }
+def exact_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a config that its results depend on to the last bit, by their dotted names."""
+    return _without(plain(config), FREE_FIELDS)
+
+
+def _without(settings: dict[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    """The fields that are not free, nor in a group that is."""
+    names = {f"config.{name}" for name in free}
+    groups = tuple(f"{name}." for name in names)
+    fields = dict(_leaves(settings, "config"))
+    return {name: fields[name] for name in fields if name not in names and not name.startswith(groups)}
 
 
 def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     """Refuses to go on with a run under other settings; only those may change that alter no result.
 
+    A result may change by rounding, as it does on another machine.
+
     Raises:
         UserError: naming the first field that differs, and both values.
     """
-    before, now = _bound(saved), _bound(wanted)
+    before, now = (_without(settings, FREE_FIELDS + ROUNDING) for settings in (saved, wanted))
     for field in sorted({*before, *now}):
         if before.get(field) != now.get(field):
             raise UserError(
                 f"{folder} was made with {field}={before.get(field)!r}, not {now.get(field)!r}; use a new "
                 "--workdir, or the same settings"
+            )
+
+
+def check_same_data(saved: Mapping[str, str], wanted: Mapping[str, str], folder: Path) -> None:
+    """Refuses to go on with other questions, as a file has that was changed; older checkpoints know of none.
+
+    Raises:
+        UserError: naming the data that differ.
+    """
+    for field in saved.keys() & wanted.keys():
+        if saved[field] != wanted[field]:
+            raise UserError(
+                f"{folder} was made with other questions: {field} gave {saved[field]}, and now gives "
+                f"{wanted[field]}; use a new --workdir, or the same data"
             )
 
 
@@ -421,7 +535,8 @@ def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def checkpoint_folders(workdir: Path) -> list[Path]:
     """The checkpoints of a workdir, oldest first, complete or not."""
-    return sorted((workdir / "checkpoints").glob("[0-9]*"))
+    found = (path for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdecimal())
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def saved_steps(workdir: Path) -> list[Path]:
@@ -460,6 +575,7 @@ def open_model(name: str | Path, mesh: Mesh | None = None) -> Opened:
         run = read_run(folder)
         settings = run["config"]
         params, adapter = _read_weights(folder, described.config, run, mesh)
+        check_sums(folder, run, {"params": params if adapter is None else adapter})
         files = paths.fetched(folder / "model")
         return Opened(described, params, files, settings["export_dtype"], settings, adapter)
     source = load_checkpoint(resolve_checkpoint(str(name), field="--checkpoint"))

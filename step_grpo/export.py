@@ -324,6 +324,15 @@ def _replace(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_debris(out: Path) -> None:
+    """Deletes what interrupted exports to a folder have left beside it; none may be under way."""
+    if paths.is_remote(out):
+        return
+    for path in out.parent.glob(f".{out.name}.*"):
+        if re.fullmatch(r"\d+\.(partial|old)", path.name.removeprefix(f".{out.name}.")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _send(partial: Path, out: Path) -> None:
     """Copies a complete folder into a bucket, over nothing or a previous export.
 

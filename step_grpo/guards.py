@@ -25,11 +25,12 @@ class SkippedUpdates:
 
     Attributes:
         in_a_row: skipped up to the last update.
+        most: the longest row that was seen in the step, which may have ended within it.
     """
 
     def __init__(self, workdir: Path, config: ConfigDict, in_a_row: int = 0):
         """Begins with those that a run that goes on had skipped."""
-        self.in_a_row = in_a_row
+        self.in_a_row = self.most = in_a_row
         self._workdir, self._config = workdir, config
 
     def look(self, step: int, measured: Sequence[Measurements], batches: Sequence[TrainBatch]) -> None:
@@ -40,9 +41,10 @@ class SkippedUpdates:
             measured: of each update, on the host.
             batches: of each, [M, rows, T].
         """
-        saved = False
+        saved, self.most = False, self.in_a_row
         for one, batch in zip(measured, batches, strict=True):
             self.in_a_row = self.in_a_row + 1 if one.skipped else 0
+            self.most = max(self.most, self.in_a_row)
             if one.skipped and not saved:
                 saved = True
                 self._save(step, batch)
@@ -66,10 +68,10 @@ class SkippedUpdates:
         Raises:
             UserError: `config.grpo.max_skipped` updates in a row were skipped.
         """
-        most = self._config.grpo.max_skipped
-        if self.in_a_row >= most:
+        allowed = self._config.grpo.max_skipped
+        if self.most >= allowed:
             raise UserError(
-                f"{self.in_a_row} updates in a row were not finite (config.grpo.max_skipped is {most}); "
+                f"{self.most} updates in a row were not finite (config.grpo.max_skipped is {allowed}); "
                 f"batches are in {self._workdir / 'bad'}, see python -m step_grpo.replay; a lower "
                 "config.grpo.learning_rate or config.model.dtype=float32 may help"
             )

@@ -37,6 +37,7 @@ from step_grpo.report import progress_bar
 from step_grpo.reward.grading import Grader
 from step_grpo.scoring import Scored, exchange, score_completions
 from step_grpo.sft import supervised, train_step
+from step_grpo.workdir import locked
 
 
 def main(config: ConfigDict, workdir: Path = Path("workdir/imitation")) -> None:
@@ -49,20 +50,24 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/imitation")) -> None:
     distributed.start(config, workdir)
     mesh = mesh_of(config.mesh, config.rollout.lanes, config.grpo.rows)
     described, params = load_model(config.model, config.seed, mesh)
-    paths.make(workdir)
-    scored = sample(described, params, config, mesh)
-    write_completions(distributed.only_first(workdir / "rollouts.jsonl"), scored, described.eos_ids)
-    samples = kept(scored)
-    if not samples:
-        raise UserError(
-            f"none of {len(scored)} completions was cut short and right: lower config.rollout.delta, or look "
-            f"at {workdir / 'rollouts.jsonl'}"
+    with locked(workdir):
+        scored = sample(described, params, config, mesh)
+        write_completions(distributed.only_first(workdir / "rollouts.jsonl"), scored, described.eos_ids)
+        samples = kept(scored)
+        if not samples:
+            raise UserError(
+                f"none of {len(scored)} completions was cut short and right: lower config.rollout.delta, or "
+                f"look at {workdir / 'rollouts.jsonl'}"
+            )
+        print(f"{len(samples)} of {len(scored)} completions were cut short and are right: trained on")
+        params, losses = fine_tune(described, params, samples, config, config.imitation, mesh, workdir)
+        finish(
+            described,
+            params,
+            config,
+            workdir,
+            {"kept": len(samples), "sampled": len(scored), "loss": losses[-1]},
         )
-    print(f"{len(samples)} of {len(scored)} completions were cut short and are right: trained on")
-    params, losses = fine_tune(described, params, samples, config, config.imitation, mesh, workdir)
-    finish(
-        described, params, config, workdir, {"kept": len(samples), "sampled": len(scored), "loss": losses[-1]}
-    )
 
 
 # ---------------------------------------------------------------------- what is imitated
@@ -192,8 +197,8 @@ def finish(
         card={"settings": config.to_dict(), "measured": result},
         dtype=config.export_dtype,
     )
-    written = json.dumps(result, indent=2) + "\n"
-    distributed.only_first(workdir / "result.json").write_text(written, encoding="utf-8")
+    if distributed.is_first():
+        paths.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
     print(f"export: {out}")
 
 

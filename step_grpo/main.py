@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 import step_grpo
-from step_grpo import checkpoint, cli, distributed, functions, sinks
+from step_grpo import checkpoint, cli, distributed, functions, paths, sinks
 from step_grpo.card import card_of
 from step_grpo.compile_time import compile_seconds
 from step_grpo.config import validate
@@ -41,7 +41,7 @@ from step_grpo.evaluate import (
     summarise,
     write_completions,
 )
-from step_grpo.export import write_hf_folder
+from step_grpo.export import remove_debris, write_hf_folder
 from step_grpo.grpo.advantages import advantages, mixed_groups
 from step_grpo.grpo.loss import token_weights
 from step_grpo.grpo.packing import Sample, pack, stack
@@ -75,8 +75,11 @@ def main(config: ConfigDict, workdir: Path = Path("workdir"), requeue: bool = Fa
     Asked to stop by SIGTERM or Ctrl-C, it saves what is done and returns; with `requeue` it then exits with
     75, for schedulers that start a job again only where it has failed.
     """
+    validate(config)
+    distributed.start(config, workdir)
     try:
-        train(config, workdir, Notice())
+        with Notice() as notice:  # JAX, which joins the processes, has a handler of its own
+            train(config, workdir, notice)
     except StoppedError as stopped:
         print(stopped, flush=True)
         if requeue:
@@ -84,14 +87,12 @@ def main(config: ConfigDict, workdir: Path = Path("workdir"), requeue: bool = Fa
 
 
 def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
-    """The run; listens to `notice` from the first evaluation on.
+    """The run, which looks for a notice wherever it may end.
 
     Raises:
         StoppedError: it was asked to stop; its last step is saved.
     """
     started = time.monotonic()
-    validate(config)
-    distributed.start(config, workdir)
     own = functions.load(config)
     sinks.prepare(config.log)
 
@@ -99,13 +100,14 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
     mesh = mesh_of(config.mesh, config.rollout.lanes, config.grpo.rows)
     sampling = share_of(mesh, jax.process_index())
     described, params = load_model(config.model, config.seed, mesh, lora.keeper(config))
+    notice.stop_if_asked()
     trained, frozen = freeze(described.config, params, config, mesh)
     whole = lora.attacher(config.lora)
     update = build_update(described.config, config, optimizer_of(config.grpo), mesh)
     state = update.init(trained)
 
     # ------------------------------------------------------------------ questions
-    questions, held_out = load_prompts(described, config)
+    questions, held_out, data = load_prompts(described, config)
     own.rehearse([prompt.question for prompt in questions[:2]], config.rollout.samples)
 
     # ------------------------------------------------------------------ rollout, grading, evaluation
@@ -116,17 +118,17 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
     with (
         locked(workdir),
         Grader(config.reward.grading_workers, config.reward.grading_deadline) as grader,
-        notice,
-        checkpoint.Saver(workdir, described, config) as saver,
+        checkpoint.Saver(workdir, described, config, data) as saver,
     ):
-        progress, state = go_on(workdir, state, described, config)
+        progress, state = go_on(workdir, state, described, config, data)
+        notice.stop_if_asked()
 
         watched = notice.watched(plain)
         measure = Timed(partial(measure_model, described, watched, held_out, grader, mesh, config, workdir))
         roll_out = Rounds(notice.watched(rollout), described.tokenizer, questions, grader, config)
         before = once(
             workdir / "evaluation_before.json",
-            {"config": checkpoint.bound_fields(config), "version": step_grpo.__version__},
+            {"config": checkpoint.bound_fields(config), "version": step_grpo.__version__, "data": data},
             workdir / "completions_before.jsonl",
             lambda: measure(whole(frozen.first, frozen.base), "before"),
         )
@@ -175,37 +177,53 @@ def train(config: ConfigDict, workdir: Path, notice: Notice) -> None:
                 saver.offer(progress, state, figures)
         after = measure(whole(state.params, frozen.base), "after")
 
-    # ------------------------------------------------------------------ result
-    result = {
-        "before": before,
-        "after": after,
-        "exits": mean_exits(read_metrics(workdir / "metrics.jsonl")) if distributed.is_first() else {},
-        "seconds": time.monotonic() - started,
-        "evaluation_seconds": measure.seconds,
-        "seed": config.seed,
-    }
-    finish(workdir, result, described, whole(state.params, frozen.base), config)
+        # -------------------------------------------------------------- result
+        result = {
+            "before": before,
+            "after": after,
+            "exits": mean_exits(read_metrics(workdir / "metrics.jsonl")) if distributed.is_first() else {},
+            "seconds": time.monotonic() - started,
+            "evaluation_seconds": measure.seconds,
+            "seed": config.seed,
+        }
+        saver.finish()
+        finish(workdir, result, described, whole(state.params, frozen.base), config, notice)
 
 
 def go_on(
-    workdir: Path, state: TrainState, described: Description, config: ConfigDict
+    workdir: Path,
+    state: TrainState,
+    described: Description,
+    config: ConfigDict,
+    data: Mapping[str, str],
 ) -> tuple[checkpoint.Progress, TrainState]:
-    """`checkpoint.restore`; the result of an earlier run goes, for only what has come to its end has one.
+    """`checkpoint.restore`; what an interruption has left goes, and so does the result of an earlier run.
 
-    A run that is refused leaves it where it is.
+    Only what has come to its end has a result. A run that is refused leaves everything where it is.
     """
-    restored = checkpoint.restore(workdir, state, described, config)
+    progress, state = checkpoint.restore(workdir, state, described, config, data)
     if distributed.is_first():
+        checkpoint.put_away(workdir, progress.step, config)
+        remove_debris(workdir / "export")
         (workdir / "result.json").unlink(missing_ok=True)
-    return restored
+    return progress, state
 
 
 def finish(
-    workdir: Path, result: dict[str, Any], described: Description, params: qwen.Params, config: ConfigDict
+    workdir: Path,
+    result: dict[str, Any],
+    described: Description,
+    params: qwen.Params,
+    config: ConfigDict,
+    notice: Notice,
 ) -> None:
-    """Writes `result.json` and the export, shows the closing table, and says where everything is."""
-    written = json.dumps(result, indent=2) + "\n"
-    distributed.only_first(workdir / "result.json").write_text(written, encoding="utf-8")
+    """Writes the export, the report and `result.json`, shows the closing table, says where everything is.
+
+    `result.json` is the last, for it says that the run has come to its end.
+
+    Raises:
+        StoppedError: it was asked to stop before that.
+    """
     evaluations = {name: result[name] for name in ("before", "after")}
     if distributed.is_first():
         save_description(described, workdir / "model")
@@ -218,8 +236,10 @@ def finish(
         card=card_of(config.to_dict(), result, read_metrics(workdir / "metrics.jsonl")),
         dtype=config.export_dtype,
     )
+    notice.stop_if_asked()
     if distributed.is_first():
-        write_report(workdir)
+        write_report(workdir, result)
+        paths.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
     Console().print(evaluation_table(evaluations, result["exits"]))
     print(f"metrics: {workdir / 'metrics.jsonl'}")
     print(f"result: {workdir / 'result.json'}")
@@ -233,8 +253,8 @@ def finish(
 
 def load_prompts(
     described: Description, config: ConfigDict
-) -> tuple[Sequence[EncodedPrompt], Sequence[EncodedPrompt]]:
-    """The prompts to train on, and those to evaluate on.
+) -> tuple[Sequence[EncodedPrompt], Sequence[EncodedPrompt], dict[str, str]]:
+    """The prompts to train on, those to evaluate on, and checksums of both by the fields they come from.
 
     Raises:
         UserError: a question is among both, or another process has other questions.
@@ -245,7 +265,7 @@ def load_prompts(
     vocabulary = {"config.model.tokenizer": checkpoint.vocabulary_of(described.tokenizer)}
     data = {"config.data": checksum(questions), "config.eval.data": checksum(held_out)}
     distributed.agree_on(vocabulary | data)
-    return questions, held_out
+    return questions, held_out, data
 
 
 def training_questions(tokenizer: Any, config: ConfigDict) -> Sequence[EncodedPrompt]:

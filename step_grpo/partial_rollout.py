@@ -114,7 +114,7 @@ def facts_of(
         part = leaf.addressable_shards[0].data
         weights.update(np.asarray(part[(0,) * (part.ndim - 1)][:LOOKED_AT]).tobytes())
     return {
-        "config": checkpoint.bound_fields(config),
+        "config": checkpoint.exact_fields(config),
         "version": [step_grpo.__version__, jax.__version__],
         "key": jax.random.key_data(key).tolist(),
         "weights": weights.hexdigest(),

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -54,8 +54,8 @@ def remove(path: Path, marker: str) -> None:
 def replaced(path: Path, marker: str) -> Iterator[Path]:
     """Where to write the new contents of a folder, `marker` last.
 
-    A local folder appears under its name when the block has ended. In a bucket it is complete as soon as the
-    marker is there, and counts for nothing before.
+    A local folder appears under its name when the block has ended and a loss of power could take nothing of
+    it away. In a bucket it is complete as soon as the marker is there, and counts for nothing before.
     """
     partial = written_to(path)
     if is_remote(path):
@@ -69,8 +69,28 @@ def replaced(path: Path, marker: str) -> Iterator[Path]:
     except BaseException:  # on a full disk it would be in the way of what comes next
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    for file in _files(partial):
+        sync(file)
+    for inside in (partial, *(found for found in partial.rglob("*") if found.is_dir())):
+        _sync_names(inside)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
+    _sync_names(path.parent)
+
+
+def sync(file: Path) -> None:
+    """Returns when what was written to a local file would outlast a loss of power."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_names(folder: Path) -> None:
+    """Likewise for the names in a folder, where the file system can."""
+    with suppress(OSError):
+        sync(folder)
 
 
 def written_to(path: Path) -> Path:
@@ -108,6 +128,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         return
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(data)
+    sync(partial)  # or a loss of power could leave an empty file under the name
     partial.replace(path)
 
 

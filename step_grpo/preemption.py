@@ -103,7 +103,7 @@ class Notice:
             StoppedError: in all of them, if any was asked to stop.
         """
         if anywhere(bool(self.came)):
-            raise StoppedError
+            raise StoppedError("stopped before there was anything to save; run the same line again")
 
     def watched(self, engine: RolloutEngine) -> "Watched":
         """The engine, whose calls raise `StoppedError` in every process once any was asked to stop."""

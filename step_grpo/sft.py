@@ -31,6 +31,7 @@ from step_grpo.model import qwen
 from step_grpo.model.attention import XLA, Attention, choose_attention
 from step_grpo.model.load import random_model, save_description
 from step_grpo.report import progress_bar
+from step_grpo.workdir import locked
 
 CORPUS_BLOCK = 512  # completions drawn and packed at a time
 
@@ -51,28 +52,29 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/sft")) -> None:
     step_fn = jax.jit(on_batch, donate_argnums=(0, 1))
     opt_state = jax.jit(optimizer.init)(params)
     batches = corpus_batches(config, tokenizer)
-    with (
-        MetricsWriter(distributed.only_first(workdir / "metrics.jsonl")) as metrics,
-        progress_bar("fine-tuning", config.steps) as bar,
-    ):
-        for step in range(config.steps):
-            params, opt_state, loss = step_fn(params, opt_state, place_rows(devices, next(batches)))
-            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-                figures = {"loss": float(loss), "seconds": time.monotonic() - started}
-                metrics.write(step + 1, figures)
-                bar.update(step + 1, loss=figures["loss"])
-    if distributed.is_first():
-        save_description(described, workdir / "model")
-    out = write_hf_folder(
-        workdir / "export",
-        params,
-        described.hf_config,
-        described.generation,
-        tokenizer_folder=workdir / "model",
-        card={"settings": config.to_dict(), "measured": {"loss": float(loss)}},
-        dtype=config.export_dtype,
-    )
-    print(f"checkpoint: {out}")
+    with locked(workdir):
+        with (
+            MetricsWriter(distributed.only_first(workdir / "metrics.jsonl")) as metrics,
+            progress_bar("fine-tuning", config.steps) as bar,
+        ):
+            for step in range(config.steps):
+                params, opt_state, loss = step_fn(params, opt_state, place_rows(devices, next(batches)))
+                if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+                    figures = {"loss": float(loss), "seconds": time.monotonic() - started}
+                    metrics.write(step + 1, figures)
+                    bar.update(step + 1, loss=figures["loss"])
+        if distributed.is_first():
+            save_description(described, workdir / "model")
+        out = write_hf_folder(
+            workdir / "export",
+            params,
+            described.hf_config,
+            described.generation,
+            tokenizer_folder=workdir / "model",
+            card={"settings": config.to_dict(), "measured": {"loss": float(loss)}},
+            dtype=config.export_dtype,
+        )
+        print(f"checkpoint: {out}")
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:

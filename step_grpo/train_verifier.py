@@ -33,7 +33,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from step_grpo import cli, distributed, paths
+from step_grpo import cli, distributed
 from step_grpo.config import validate
 from step_grpo.data.prompts import EncodedPrompt, think_end_id
 from step_grpo.errors import UserError
@@ -50,6 +50,7 @@ from step_grpo.rollout.engine import CLOSING
 from step_grpo.rollout.policies import Verifier, encode, verifier_of
 from step_grpo.rollout.triggers import TriggerTable, build_delimiters, token_bytes
 from step_grpo.scoring import Scored
+from step_grpo.workdir import locked
 
 PREFIX_STREAM = 2  # of the seed: which prefixes are drawn
 HELD_OUT = 8  # one prompt in so many is not trained on
@@ -73,39 +74,45 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/verifier")) -> None:
     described, params = load_model(config.model, config.seed, mesh)
     policy = verifier_of(config.rollout, described.tokenizer, described.config)
     check_room(policy, config)
-    paths.make(workdir)
-    scored = sample(described, params, without_exits(config), mesh)
-    prefixes = draw_prefixes(scored, described, config)
-    if not prefixes:
-        raise UserError(
-            f"config.rollout.verifier.delimiters: {len(scored)} completions hold none of "
-            f"{tuple(config.rollout.verifier.delimiters)!r} in their thinking"
+    with locked(workdir):
+        scored = sample(described, params, without_exits(config), mesh)
+        prefixes = draw_prefixes(scored, described, config)
+        if not prefixes:
+            raise UserError(
+                f"config.rollout.verifier.delimiters: {len(scored)} completions hold none of "
+                f"{tuple(config.rollout.verifier.delimiters)!r} in their thinking"
+            )
+        suffices = label(described, params, prefixes, config, mesh)
+        held_out = set_aside(prefixes)
+        if not held_out.any():
+            raise UserError(
+                f"config.prompts_per_step: raise it or config.steps; one prompt in {HELD_OUT} is held out"
+            )
+        write_prefixes(
+            distributed.only_first(workdir / "prefixes.jsonl"),
+            prefixes,
+            suffices,
+            held_out,
+            described.tokenizer,
         )
-    suffices = label(described, params, prefixes, config, mesh)
-    held_out = set_aside(prefixes)
-    if not held_out.any():
-        raise UserError(
-            f"config.prompts_per_step: raise it or config.steps; one prompt in {HELD_OUT} is held out"
+        trained = [prefix for prefix, aside in zip(prefixes, held_out, strict=True) if not aside]
+        samples = verdict_samples(policy, trained, suffices[~held_out], described.tokenizer, config.rollout)
+        asked = [prefix for prefix, aside in zip(prefixes, held_out, strict=True) if aside]
+        measured = partial(measure, described, policy, asked, suffices[held_out], config, mesh)
+        result: dict[str, Any] = {
+            "prefixes": len(prefixes),
+            "trained_on": len(trained),
+            "untrained": measured(params),
+        }
+        params, losses = fine_tune(
+            described, params, samples, config, config.verifier_training, mesh, workdir
         )
-    write_prefixes(
-        distributed.only_first(workdir / "prefixes.jsonl"), prefixes, suffices, held_out, described.tokenizer
-    )
-    trained = [prefix for prefix, aside in zip(prefixes, held_out, strict=True) if not aside]
-    samples = verdict_samples(policy, trained, suffices[~held_out], described.tokenizer, config.rollout)
-    asked = [prefix for prefix, aside in zip(prefixes, held_out, strict=True) if aside]
-    measured = partial(measure, described, policy, asked, suffices[held_out], config, mesh)
-    result: dict[str, Any] = {
-        "prefixes": len(prefixes),
-        "trained_on": len(trained),
-        "untrained": measured(params),
-    }
-    params, losses = fine_tune(described, params, samples, config, config.verifier_training, mesh, workdir)
-    result |= {**measured(params), "loss": losses[-1]}
-    print(
-        f"{len(asked)} held-out prefixes, {result['sufficient']:.1%} of them sufficient: "
-        f"accuracy {result['accuracy']:.3f}, AUC {result['auc'] or 0:.3f}"
-    )
-    finish(described, params, config, workdir, result)
+        result |= {**measured(params), "loss": losses[-1]}
+        print(
+            f"{len(asked)} held-out prefixes, {result['sufficient']:.1%} of them sufficient: "
+            f"accuracy {result['accuracy']:.3f}, AUC {result['auc'] or 0:.3f}"
+        )
+        finish(described, params, config, workdir, result)
 
 
 def check_room(policy: Verifier, config: ConfigDict) -> None:

@@ -18,7 +18,7 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Makes the workdir and keeps other runs out of it for as long as the block runs.
+    """Makes the workdir and keeps other runs, of any kind, out of it for as long as the block runs.
 
     The operating system holds the lock and lets go of it when the process ends, in whatever way. In a bucket
     there are no locks: nothing keeps a second run out.

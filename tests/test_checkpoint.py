@@ -7,22 +7,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fake_bucket import install
 from hypothesis import given
 from hypothesis import strategies as st
 from short_run import ROOT, short_config
 
-from step_grpo import checkpoint, cli
-from step_grpo.checkpoint import Progress, Saver, kept, restore
+from step_grpo import checkpoint, cli, paths
+from step_grpo.checkpoint import Progress, Saver, kept, put_away, restore
 from step_grpo.errors import TransientError, UserError
 from step_grpo.grpo.update import TrainState
+from step_grpo.preemption import StoppedError
 from step_grpo.workdir import locked, once
 
 CONFIG = short_config({"steps": 9})
@@ -88,6 +92,33 @@ def test_run_file_lists_every_other_file_with_its_size(saved):
     }
     assert (run["step"], run["cursor"], run["skipped"]) == (2, 8, 1)
     assert {"config", "version", "vocabulary"} <= run.keys()
+
+
+def test_all_of_a_checkpoint_and_its_lines_are_on_the_disk_before_it_has_its_name(
+    described, tmp_path, monkeypatch
+):
+    """A loss of power behind the renaming could leave names without contents."""
+    real, synced, workdir = os.fsync, [], tmp_path / "run"
+    folder = workdir / "checkpoints"
+    workdir.mkdir()
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        (workdir / name).write_text("{}\n")
+
+    def fsync(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    def rename(path, target):
+        needed = [path, *path.rglob("*"), workdir / "metrics.jsonl", workdir / "rollouts.jsonl"]
+        assert not set(needed) - set(synced)
+        synced.clear()
+        os.rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    with Saver(workdir, described, CONFIG) as saver:
+        saver.save(Progress(1, 4, 0), state_of(1))
+    assert synced[0] == folder and (folder / "000001").is_dir()
 
 
 def kept_by_hand(steps, newest, every, values):
@@ -162,6 +193,25 @@ def test_save_without_room_names_the_checkpoint_to_go_on_from_and_leaves_nothing
     assert_is(3, restore(workdir, state_of(0), described, CONFIG))
 
 
+def test_second_half_of_a_save_that_fails_waits_for_the_first_and_leaves_nothing(
+    workdir, described, monkeypatch
+):
+    """The first half would make the folder anew after it was taken away."""
+    real, written = checkpoint.ocp.save_async, []
+
+    def save_async(path, tree):
+        if path.name == "optimizer":
+            raise OSError("no space")
+        written.append(real(path, tree))
+        return SimpleNamespace(result=lambda: (time.sleep(0.2), written[0].result()))
+
+    monkeypatch.setattr(checkpoint.ocp, "save_async", save_async)
+    with pytest.raises(UserError, match=r"000003 cannot be written .no space"):
+        Saver(workdir, described, CONFIG).save(Progress(3, 12, 2), state_of(3))
+    written[0].result()
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["000001", "000002"]
+
+
 @contextmanager
 def file_system(folder, *options: str):
     """A small file system of its own in a folder."""
@@ -234,12 +284,23 @@ def damage(folder, how: str) -> str:
         for file in (p for p in (folder / "params").rglob("*") if p.is_file()):
             file.write_bytes(bytes(file.stat().st_size))
         return "params does not load"
+    elif how == "flipped":  # loads as it is
+        data = bytearray(largest.read_bytes())
+        data[len(data) // 2] ^= 1
+        largest.write_bytes(data)
+        return "the values of "
+    elif how == "copy":
+        shutil.rmtree(folder)
+        shutil.copytree(folder.with_name("000001"), folder)
+        return "a copy of that of step 1"
     else:
         largest.write_bytes(largest.read_bytes()[:-1])
     return name
 
 
-@pytest.mark.parametrize("how", ["run", "no run", "missing", "truncated", "params", "garbled"])
+@pytest.mark.parametrize(
+    "how", ["run", "no run", "missing", "truncated", "params", "garbled", "flipped", "copy"]
+)
 def test_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(workdir, described, how, capsys):
     folder = workdir / "checkpoints" / "000002"
     named = damage(folder, how)
@@ -248,9 +309,10 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(workdir, des
     assert line.startswith(f"warning: {folder} is ") and named in line and line.endswith("it is left out")
 
 
-def test_no_run_begins_anew_over_damaged_checkpoints(workdir, described):
+@pytest.mark.parametrize("how", ["truncated", "no run"])
+def test_no_run_begins_anew_over_damaged_checkpoints(workdir, described, how):
     for step in ("000001", "000002"):
-        damage(workdir / "checkpoints" / step, "truncated")
+        damage(workdir / "checkpoints" / step, how)
     with pytest.raises(UserError, match="checkpoints: none is whole; delete the folder"):
         restore(workdir, state_of(0), described, CONFIG)
 
@@ -259,6 +321,91 @@ def test_damaged_checkpoint_is_not_opened(workdir):
     damage(workdir / "checkpoints" / "000002", "truncated")
     with pytest.raises(UserError, match=r"000002 is damaged: .* bytes"):
         checkpoint.open_model(workdir)
+
+
+def test_weights_with_a_flipped_bit_are_not_opened(described, tmp_path):
+    params = checkpoint.open_model("builtin:tiny").params
+    config = short_config({"keep_checkpoints": 1})
+    with Saver(tmp_path, described, config) as saver:
+        saver.save(Progress(1, 0), TrainState(jnp.int32(1), params, ()))
+    damage(tmp_path / "checkpoints" / "000001", "flipped")
+    with pytest.raises(
+        UserError, match=r"000001 is damaged: the values of params/.* are not those that were"
+    ):
+        checkpoint.open_model(tmp_path)
+
+
+def test_checkpoint_from_before_there_were_checksums_is_taken(workdir, described):
+    path = workdir / "checkpoints" / "000002" / "run.json"
+    run = json.loads(path.read_text())
+    assert set(run.pop("checksums")) >= {"params/w", "params/b", "optimizer/step"}
+    path.write_text(json.dumps(run))
+    assert_is(2, restore(workdir, state_of(0), described, CONFIG))
+
+
+def test_run_that_goes_on_behind_a_damaged_checkpoint_keeps_its_own_and_names_it(described, tmp_path):
+    """With one checkpoint to be kept, a damaged one of a later step must not be that one."""
+    config = short_config({"keep_checkpoints": 1, "keep_every": 10})
+    folder = tmp_path / "checkpoints"
+    with Saver(tmp_path, described, config) as saver:
+        for step in (10, 20):
+            saver.save(Progress(step, 4 * step, step - 1), state_of(step))
+    damage(folder / "000020", "truncated")
+    progress, _ = restore(tmp_path, state_of(0), described, config)
+    assert progress.step == 10
+    put_away(tmp_path, 10, config)
+    assert sorted(p.name for p in folder.iterdir()) == ["000010", "000020.damaged"]
+    with (
+        pytest.raises(StoppedError, match=f"goes on from {folder / '000013'}"),
+        Saver(tmp_path, described, config) as saver,
+    ):
+        saver.offer(Progress(13, 52, 12), state_of(13), {})
+        raise StoppedError
+    assert_is(13, restore(tmp_path, state_of(0), described, config))
+    with Saver(tmp_path, described, config) as saver:
+        saver.save(Progress(20, 80, 19), state_of(20))
+    assert sorted(p.name for p in folder.iterdir()) == ["000010", "000020"]
+
+
+def test_checkpoint_that_is_saved_stays_whatever_else_is_there(workdir, described):
+    folder, config = workdir / "checkpoints", short_config({"keep_checkpoints": 1})
+    with (
+        pytest.raises(StoppedError, match=f"goes on from {folder / '000003'}"),
+        Saver(workdir, described, config) as saver,
+    ):
+        shutil.copytree(folder / "000002", folder / "000009")
+        saver.save(Progress(3, 12, 2), state_of(3))
+        raise StoppedError
+    assert_is(3, restore(workdir, state_of(0), described, CONFIG))
+
+
+def test_folder_of_another_name_is_no_checkpoint_and_steps_are_sorted_as_numbers(workdir, described):
+    shutil.copytree(workdir / "checkpoints" / "000002", workdir / "checkpoints" / "000002.bak")
+    with Saver(workdir, described, short_config({"keep_checkpoints": 2})) as saver:
+        for step in (999_999, 1_000_000):
+            saver.save(Progress(step, 4 * step, step - 1), state_of(step))
+    assert [p.name for p in checkpoint.saved_steps(workdir)] == ["999999", "1000000"]
+    assert (workdir / "checkpoints" / "000002.bak").is_dir()
+    assert_is(1_000_000, restore(workdir, state_of(0), described, CONFIG))
+
+
+def test_what_interrupted_saves_have_left_is_deleted_once_a_run_goes_on(workdir):
+    folder = workdir / "checkpoints"
+    for left in (".000005.partial/params", "000000/params", "000002.bak"):
+        (folder / left).mkdir(parents=True)
+    put_away(workdir, 2, short_config({"keep_checkpoints": 1}))
+    assert sorted(p.name for p in folder.iterdir()) == ["000002", "000002.bak"]
+
+
+def test_run_that_goes_on_in_a_bucket_deletes_what_has_no_marker(monkeypatch, tmp_path):
+    bucket = install(monkeypatch, tmp_path)
+    workdir = paths.folder("gs://bucket/run")
+    for name in ("000001/params/x", "000001/run.json", "000002/params/x"):
+        paths.write_text(workdir / "checkpoints" / name, "{}")
+    put_away(workdir, 1, CONFIG)
+    assert sorted(bucket.objects) == [
+        f"bucket/run/checkpoints/000001/{name}" for name in ("params/x", "run.json")
+    ]
 
 
 def test_another_architecture_is_refused_by_its_field(workdir, described):
@@ -280,6 +427,25 @@ def _with(described, **fields):
     import dataclasses
 
     return dataclasses.replace(described, **fields)
+
+
+def test_other_questions_are_refused_by_the_field_they_come_from(described, tmp_path):
+    """As a data file gives that was changed behind the run."""
+    data = {"config.data": "3 prompts with the checksum a", "config.eval.data": "2 prompts"}
+    with Saver(tmp_path, described, CONFIG, data) as saver:
+        saver.save(Progress(1, 4, 0), state_of(1))
+    assert_is(1, restore(tmp_path, state_of(0), described, CONFIG, data))
+    assert_is(1, restore(tmp_path, state_of(0), described, CONFIG))
+    with pytest.raises(UserError, match=r"config\.data gave 3 prompts .* a, and now gives 3 prompts .* b"):
+        restore(tmp_path, state_of(0), described, CONFIG, {**data, "config.data": "3 prompts with b"})
+
+
+def test_checkpoint_from_before_questions_were_noted_is_taken(workdir, described):
+    path = workdir / "checkpoints" / "000002" / "run.json"
+    run = json.loads(path.read_text())
+    del run["data"]
+    path.write_text(json.dumps(run))
+    assert_is(2, restore(workdir, state_of(0), described, CONFIG, {"config.data": "3 prompts"}))
 
 
 def test_weights_of_other_shapes_are_never_half_loaded(workdir, described):

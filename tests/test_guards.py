@@ -102,6 +102,16 @@ def test_updates_in_a_row_are_counted_over_steps_and_stop_the_run(tmp_path):
     assert kept == ["step-10.npz", "step-7.npz", "step-8.npz", "step-9.npz"]
 
 
+def test_row_that_ends_within_its_step_stops_the_run_too(tmp_path):
+    watch = guards.SkippedUpdates(tmp_path, short_config({"grpo": {"max_skipped": 2}}))
+    watch.look(1, [measured(s) for s in (0, 1, 0, 1)], [batch()] * 4)
+    watch.stop_if_too_many()
+    watch.look(2, [measured(s) for s in (1, 1, 0, 0)], [batch()] * 4)
+    assert watch.in_a_row == 0
+    with pytest.raises(UserError, match="3 updates in a row were not finite"):  # one was of the step before
+        watch.stop_if_too_many()
+
+
 def test_kept_batch_comes_back_without_its_empty_rows(tmp_path):
     config = short_config()
     guards.write_batch(tmp_path / "bad" / "step-4.npz", 4, guards.to_arrays(batch()), config)

@@ -6,6 +6,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,13 @@ SEED = int(os.environ.get("STEP_GRPO_TEST_SEED", "0"))
 class Worker:
     """`kill_worker.py` in a process of its own."""
 
-    def __init__(self):
+    def __init__(self, compiled: Path):
         found = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+        flags |= {  # every run compiles the same programs
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "kill_worker.py")],
             env={**os.environ, "PYTHONPATH": found, **flags},
@@ -53,8 +58,8 @@ class Worker:
 
 
 @pytest.fixture(scope="module")
-def worker():
-    made = Worker()
+def worker(tmp_path_factory):
+    made = Worker(tmp_path_factory.mktemp("compiled"))
     yield made
     made.close()
 
@@ -70,6 +75,8 @@ def whole(worker, tmp_path_factory) -> ShortRun:
 
 def assert_equal(workdir: Path, whole: ShortRun, *free: str) -> None:
     """Metrics but the `free` ones, completions, evaluations and weights are of the uninterrupted run."""
+    rollouts = [(r / "rollouts.jsonl").read_text() for r in (workdir, whole.workdir)]
+    assert rollouts[0] == rollouts[1]
     run = ShortRun(whole.config, workdir, "")
     for line, there in zip(run.metrics, whole.metrics, strict=True):
         assert {**line, **dict.fromkeys(free)} == {**there, **dict.fromkeys(free)}
@@ -89,15 +96,17 @@ def chosen(at: str, rng: random.Random) -> dict:
 
 
 def test_run_killed_in_several_stages_is_the_uninterrupted_one(worker, whole, tmp_path):
-    """In the first evaluation's writing, in a save, and in the update behind it, one behind the other."""
+    """In the first evaluation's writing, a save, the update behind it, and the export, one by one."""
     kills = [
         {"at": "step_grpo.main.write_completions", "call": 1},
         {"at": "step_grpo.checkpoint.Saver._complete", "call": 2, "delay": 0.01},
         {"at": "step_grpo.main.update_policy", "call": 1, "delay": 0.005},
+        {"at": "step_grpo.main.write_hf_folder", "call": 1, "now": True},
     ]
     for kill in kills:
         code, printed = worker.run(tmp_path / "run", kill=kill)
         assert code == -9, printed
+        assert not (tmp_path / "run" / "result.json").exists()  # it would say that the run is finished
     code, printed = worker.run(tmp_path / "run")
     assert code == 0, printed
     assert "evaluation before" not in printed  # the third run had paid for it
@@ -106,16 +115,40 @@ def test_run_killed_in_several_stages_is_the_uninterrupted_one(worker, whole, tm
 
 @pytest.mark.skipif(not KILLS, reason="STEP_GRPO_TEST_KILLS says how many")
 def test_run_killed_anywhere_is_the_uninterrupted_one(worker, whole, tmp_path):
-    rng, points, killed = random.Random(SEED), list(POINTS), 0
+    rng, points = random.Random(SEED), list(POINTS)
     for number in range(KILLS):
         kill = chosen(points[number % len(points)], rng)
         code, printed = worker.run(tmp_path / f"run{number}", kill=kill)
-        assert code in (-9, 0), (kill, printed)  # 0: the delay was longer than the rest of the run
-        killed += code == -9
+        if code == 0:  # the delay was longer than the rest of the run
+            shutil.rmtree(tmp_path / f"run{number}")
+            kill |= {"now": True, "delay": 0}
+            code, printed = worker.run(tmp_path / f"run{number}", kill=kill)
+        assert code == -9, (kill, printed)
         code, printed = worker.run(tmp_path / f"run{number}")
         assert code == 0, (kill, printed)
         assert_equal(tmp_path / f"run{number}", whole)
-    print(f"{killed} runs of {KILLS} were killed, all went on to the same end")
+
+
+STOPS = {
+    "step_grpo.main.load_model": "stopped before there was anything to save; run the same line again",
+    "step_grpo.main.evaluate": "stopped; run the same line again: it begins anew",
+    "step_grpo.main.update_policy": "it goes on from {}/000001",
+    "step_grpo.checkpoint.Saver._complete": "it goes on from {}/000002",
+    "step_grpo.main.write_hf_folder": "it goes on from {}/000003",
+}
+
+
+def test_asked_to_stop_at_any_other_place_the_run_ends_well_and_goes_on_exactly(worker, whole, tmp_path):
+    """SIGTERM while the model loads, in the first evaluation, an update, a save, and the last export."""
+    for at, told in STOPS.items():
+        kill = {"at": at, "signal": 15, "now": True}
+        code, printed = worker.run(tmp_path / "run", kill=kill)
+        assert code == 0, printed
+        assert told.format(tmp_path / "run" / "checkpoints") in printed and "Traceback" not in printed
+        assert not (tmp_path / "run" / "result.json").exists()
+    code, printed = worker.run(tmp_path / "run")
+    assert code == 0, printed
+    assert_equal(tmp_path / "run", whole, *OF_THE_LANES)
 
 
 def test_asked_to_stop_in_a_rollout_the_run_keeps_what_is_finished_and_goes_on_exactly(

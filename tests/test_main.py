@@ -254,6 +254,8 @@ def test_checkpoint_knows_step_and_cursor(finished_run):
     for folder, step in zip(checkpoint.saved_steps(finished_run.workdir), (1, 2), strict=True):
         run = checkpoint.read_json(folder / checkpoint.RUN)
         assert (run["step"], run["cursor"]) == (step, 4 * step)
+        assert run["data"]["config.data"].startswith("200 prompts with the checksum ")
+        assert run["data"]["config.eval.data"].startswith("16 prompts with the checksum ")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from short_run import short_config
 
+from step_grpo.checkpoint import Progress, Saver, open_model, restore
 from step_grpo.config import base_config
 from step_grpo.errors import UserError
 from step_grpo.evaluate import decode_ready
@@ -206,6 +208,59 @@ def test_state_lies_and_stays_where_its_weights_do():
         state, _ = update.apply(state, grads, sums)
         check(state)
     assert [f._cache_size() for f in (update.logprobs, update.accumulate, update.apply)] == [1, 1, 1]
+
+
+# ---------------------------------------------------------------------- going on
+
+SPREAD = {  # how a run is spread over devices, by the sizes of its mesh
+    (1, 1, 1): {"grpo": {"rows": 2}},
+    (1, 8, 1): {"grpo": {"rows": 8}, "model": {"remat": "none"}},
+    (2, 2, 2): {"grpo": {"rows": 4, "logprob_chunk": 16}, "model": {"attention": "xla"}},
+}
+
+
+def spread(sizes):
+    return short_config({"mesh": dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))}, SPREAD[sizes])
+
+
+def one_more(state, sizes):
+    """The state behind an update with all samples."""
+    config, mesh = spread(sizes), mesh_of_sizes(sizes)
+    update = build_update(CFG, config, optimizer_of(config.grpo), mesh)
+    state = state or update.init(params_on(CFG, mesh))
+    batches = pack(samples(), row_length=32, rows=config.grpo.rows)
+    placed = place_rows(mesh, stack(batches, len(batches)), axis=1)
+    grads, sums = update.start(state.params)
+    batch = TrainBatch(placed, placed.sampler_logprobs, placed.sampler_logprobs)
+    grads, sums = update.accumulate(state.params, grads, sums, batch, len(batches))
+    return update.apply(state, grads, sums)[0]
+
+
+@pytest.fixture(scope="module")
+def first_half(tmp_path_factory):
+    """A workdir with the checkpoint of one device, the model, and the state that it has a step later."""
+    workdir, described = tmp_path_factory.mktemp("run"), open_model("builtin:tiny").described
+    state = one_more(None, (1, 1, 1))
+    with Saver(workdir, described, spread((1, 1, 1))) as saver:
+        saver.save(Progress(1, 4), state)
+    return workdir, described, jax.device_get(one_more(state, (1, 1, 1)))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_run_goes_on_on_another_mesh_as_it_would_have_up_to_rounding(first_half, sizes):
+    """Completions do not depend on the mesh either, see below."""
+    workdir, described, expected = first_half
+    mesh = mesh_of_sizes(sizes)
+    fresh = update_on(CFG, mesh).init(params_on(CFG, mesh, seed=1))
+    progress, state = restore(workdir, fresh, described, spread(sizes))
+    assert progress == Progress(1, 4)
+    jax.tree.map(
+        lambda x, at: x.sharding.is_equivalent_to(at.sharding, x.ndim) or pytest.fail(), state, fresh
+    )
+    state = jax.device_get(one_more(state, sizes))
+    assert state.step == expected.step == 2
+    for found, there in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, there, rtol=0, atol=1e-5 * np.abs(there).max())
 
 
 @pytest.mark.parametrize("torus", ["of other sizes", "across hosts", "within hosts"])

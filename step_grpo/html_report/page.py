@@ -29,13 +29,17 @@ SETTINGS = {  # of the head of the page
 }
 
 
-def write_report(workdir: Path) -> Path:
+def write_report(workdir: Path, result: Mapping[str, Any] | None = None) -> Path:
     """Writes `report.html` into a workdir, as a whole or not at all.
+
+    Args:
+        workdir: of a run.
+        result: of a run that has not written its `result.json` yet.
 
     Raises:
         UserError: there is no line of `metrics.jsonl`.
     """
-    run = read_run(workdir)
+    run = read_run(workdir, result)
     target = workdir / PAGE
     paths.write_text(target, render(run, compare_evaluations(workdir, run)))
     return target

@@ -38,8 +38,12 @@ class RunFiles:
     evaluation_seconds: Mapping[str, float]
 
 
-def read_run(workdir: Path) -> RunFiles:
+def read_run(workdir: Path, result: Mapping[str, Any] | None = None) -> RunFiles:
     """Reads a workdir.
+
+    Args:
+        workdir: of a run.
+        result: of a run that has not written its `result.json` yet.
 
     Raises:
         UserError: there is no line of `metrics.jsonl`.
@@ -47,7 +51,7 @@ def read_run(workdir: Path) -> RunFiles:
     metrics = read_rows(workdir / "metrics.jsonl")
     if not metrics:
         raise UserError(f"--workdir={workdir} has no metrics.jsonl; name that of a run of step_grpo.main")
-    result = read_object(workdir / "result.json")
+    result = read_object(workdir / "result.json") if result is None else result
     remembered = read_object(workdir / "evaluation_before.json")
     facts = remembered.get("facts", {})
     evaluations = {
