@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 from pages import PAGES, ROOT, Piece, anchors, blocks, commands, links, spans
@@ -20,6 +21,9 @@ import step_grpo
 from step_grpo import cli
 from step_grpo.config import base_config, sft_config, validate, validate_sft
 from step_grpo.errors import UserError
+from step_grpo.fit.chips import chip_count, chip_of
+from step_grpo.fit.programs import Run, chosen_lanes
+from step_grpo.main import main as training
 from step_grpo.study_config import study_config, validate_study
 
 OTHERS = {  # programs that are not of this project
@@ -168,6 +172,64 @@ def test_what_the_gate_leaves_out_has_tests(program):
     text = (ROOT / UNRUN[program]).read_text(encoding="utf-8")
     package, _, name = program.rpartition(".")
     assert re.search(rf"from {package}(?:\.{name})? import .*|import {program}", text)
+
+
+# ---------------------------------------------------------------------- slices
+
+SLICES = {"v6e-8": "v6e:2x4", "v5e-1": "v5e:1x1"}  # as they are asked for -> as they are compiled for
+ASKS = re.compile(r"--(?:accelerator|compute-type|topology)=([\w:-]+)$")
+
+
+def of_slices() -> dict[str, tuple[str, str, tuple[str, ...]]]:
+    """Where a line that trains on a slice stands -> the slice, the config, and the fields it sets.
+
+    A line that names no slice is for the one that was asked for last on its page.
+    """
+    found = {}
+    for page in PAGES:
+        asked = ""
+        for block in blocks(page, "bash"):
+            for number, words in enumerate(commands(block.text)):
+                if words[0] == "sky":
+                    words = in_full(words)  # noqa: PLW2901
+                named = [m[1] for word in words if (m := ASKS.match(word))]
+                asked = next((name for name in named if "-" in name or ":" in name), asked)
+                configs = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+                on_slice = named or words[0].startswith("tpu/")
+                if configs and on_slice:
+                    fields = tuple(word for word in words if word.startswith("--config."))
+                    found[f"{block.place}+{number}"] = SLICES.get(asked, asked), configs[0], fields
+    return found
+
+
+def in_full(words: list[str]) -> list[str]:
+    """The line that SkyPilot runs, on the slice that its file names."""
+    yaml = pytest.importorskip("yaml")
+    task = yaml.safe_load((ROOT / "tpu" / "skypilot.yaml").read_text(encoding="utf-8"))
+    given = dict(word.split("=", 1) for word in words if re.match(r"[A-Z]+=", word))
+    kind = task["resources"]["accelerators"].removeprefix("tpu-")
+    return [f"--accelerator={kind}", f"--config={given['CONFIG']}", *given.get("FIELDS", "").split()]
+
+
+@cache
+def lanes_on(topology: str, config: str, fields: tuple[str, ...]) -> int:
+    """Lanes of a run over a whole slice, counted over as many devices of this machine."""
+    chips = chip_count(topology) * chip_of(topology).devices
+    parsed = cli.parse(training, ["main", f"--config={ROOT / config}", *fields])["config"]
+    sizes = Run(parsed, jax.devices()[:chips], 0, 0).sizes()
+    return chosen_lanes(sizes, topology) * sizes.groups
+
+
+@pytest.mark.parametrize("place", of_slices())
+def test_line_for_a_slice_leaves_room_for_lanes(place):
+    assert lanes_on(*of_slices()[place]) > 0
+
+
+def test_lines_for_slices_are_found_and_one_without_its_fields_has_no_room():
+    found = set(of_slices().values())
+    spread = ("--config.mesh.tensor=4", "--config.grpo.moments_dtype=bfloat16")
+    assert ("v6e:2x4", "configs/qwen3_8b.py", spread) in found and len(of_slices()) >= 7
+    assert lanes_on("v6e:2x4", "configs/qwen3_8b.py", ()) == 0
 
 
 # ---------------------------------------------------------------------- fields, names, messages
