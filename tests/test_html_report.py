@@ -273,7 +273,7 @@ def test_picture_is_drawn_also_without_evaluations(everything, tmp_path):
         draw_run(run, tmp_path / "images" / name)
     assert (tmp_path / "images" / "run.png").read_bytes().startswith(b"\x89PNG")
     drawn = (tmp_path / "images" / "run.svg").read_text(encoding="utf-8")
-    assert drawn.count("<!-- right answers -->") == 1
+    assert drawn.count("<!-- right answers, % -->") == 1
     assert ("<!-- 100.0 % -->" in drawn) == everything  # accuracy after
 
 

@@ -10,7 +10,7 @@ from step_grpo.html_report.read import Row, RunFiles
 SUFFIXES = (".png", ".svg")
 TRAINING, PLAIN = "#7aa6d6", "#b3422c"  # curves of the training; points of the evaluations
 PANELS = {  # figure of metrics and evaluations -> its title, how it is written, and what it is multiplied by
-    "accuracy": ("right answers", "{:.1f} %", 100.0),
+    "accuracy": ("right answers, %", "{:.1f} %", 100.0),
     "tokens": ("tokens of a completion", "{:.1f}", 1.0),
     "steps": ("semantic steps of a completion", "{:.2f}", 1.0),
 }
@@ -43,9 +43,13 @@ def draw_run(run: RunFiles, out: Path) -> None:
 
 def draw_panel(axes: Any, run: RunFiles, name: str) -> None:
     """One figure: its curve over the training, and what plain sampling gave before and after."""
+    from matplotlib.patheffects import withStroke  # noqa: PLC0415 (slow to import)
+
     title, form, factor = PANELS[name]
     steps, values = points(run.metrics, name, factor)
-    axes.plot(steps, values, color=TRAINING, linewidth=1.8, label="training, thoughts cut short by probes")
+    cut = run.settings.get("config.rollout.exit", "none") != "none"
+    said = "training completions, cut short where a probe passes" if cut else "training completions"
+    axes.plot(steps, values, color=TRAINING, linewidth=1.8, label=said)
     ends = {"before": 0.0, "after": steps[-1] if steps else 1.0}
     for when, at in ends.items():
         if (found := run.evaluations.get(when)) is None:
@@ -56,12 +60,14 @@ def draw_panel(axes: Any, run: RunFiles, name: str) -> None:
             label="held-out questions, plain sampling" if when == "before" else None, zorder=3,
         )  # fmt: skip
         axes.annotate(
-            form.format(mean), (at, mean), xytext=(-7, 0) if when == "after" else (7, 0),
-            textcoords="offset points", ha="right" if when == "after" else "left",
-            va="bottom", color=PLAIN, fontsize=10, fontweight="bold",
+            form.format(mean), (at, high), xytext=(5 if when == "after" else -5, 4),
+            textcoords="offset points", ha="right" if when == "after" else "left", color=PLAIN,
+            fontsize=10, fontweight="bold", path_effects=[withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
     top = axes.get_ylim()[1]
-    axes.set(xlabel="step of the training", ylim=(0, 104 if name == "accuracy" else 1.08 * top))
+    axes.set(xlabel="step of the training", ylim=(0, 115 if name == "accuracy" else 1.12 * top))
+    if name == "accuracy":
+        axes.set_yticks(range(0, 101, 25))
     axes.set_title(title, fontsize=11, loc="left")
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
