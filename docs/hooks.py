@@ -6,10 +6,12 @@ become pages of their own, and a link from a function's name leads to its line.
 
 import ast
 import html
+import json
 import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fields import data_fields, table_of_fields
 from latex2mathml.converter import convert
@@ -19,7 +21,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<!!)\[((?:`[^`]*`|[^\]`])*)\]\(([^)\s#]+)((?:#[^)\s]*)?)\)")
-CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s:]+)\)")
+CODE = re.compile(r"^(`{3,}).*?^\1$", re.DOTALL | re.MULTILINE)
 TABLES: dict[str, Callable[[], str]] = {
     "<!-- fields -->": table_of_fields,
     "<!-- data config -->": data_fields,
@@ -83,10 +86,10 @@ def file_of(page: str) -> str:
 
 
 def linked(here: str) -> set[str]:
-    """The files of the repository that a Markdown file links."""
-    if not here.endswith(".md"):
+    """The files of the repository that a Markdown file or a notebook links."""
+    if not here.endswith((".md", ".ipynb")):
         return set()
-    text = CODE.sub("", (ROOT / here).read_text(encoding="utf-8"))
+    text = CODE.sub("", as_page(here))
     targets = (resolved(here, match[2]) for match in LINK.finditer(text) if ":" not in match[2])
     return {target for target in targets if not target.startswith("docs/") and (ROOT / target).is_file()}
 
@@ -108,13 +111,20 @@ def relinked(text: str, page: str) -> str:
         place = posixpath.relpath(page_of(path), posixpath.dirname(page) or ".")
         return f"[{label}]({place}{anchor or line_of(path, label)})"
 
-    return LINK.sub(link, text)
+    def image(match: re.Match[str]) -> str:
+        place = resolved(here, match[2]).removeprefix("docs/")  # pictures lie in docs/, which is copied
+        return f"![{match[1]}]({posixpath.relpath(place, posixpath.dirname(page) or '.')})"
+
+    return IMAGE.sub(image, LINK.sub(link, text))
 
 
 def outside_code(markdown: str, change: Callable[[str], str]) -> str:
     """Applies `change` to all but the fenced blocks."""
-    parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
-    return "".join(part if part.startswith("```") else change(part) for part in parts)
+    at, changed = 0, ""
+    for block in CODE.finditer(markdown):
+        changed += change(markdown[at : block.start()]) + block[0]
+        at = block.end()
+    return changed + change(markdown[at:])
 
 
 def line_of(path: str, label: str) -> str:
@@ -129,9 +139,17 @@ def line_of(path: str, label: str) -> str:
 
 
 def as_page(path: str) -> str:
-    """A file as a page: Markdown as it is, anything else as a listing that the search leaves out."""
+    """A file as a page: Markdown as it is, a notebook's cells, all else as a listing that no search finds."""
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.endswith(".md"):
         return text
+    if path.endswith(".ipynb"):
+        return "\n\n".join(map(as_markdown, json.loads(text)["cells"])) + "\n"
     language = LANGUAGES.get(Path(path).suffix, "text")
     return f"---\nsearch:\n  exclude: true\n---\n# {path}\n\n````{language}\n{text.rstrip()}\n````\n"
+
+
+def as_markdown(cell: dict[str, Any]) -> str:
+    """A notebook's cell: text as it is, code as a block."""
+    source = "".join(cell["source"]).rstrip()
+    return source if cell["cell_type"] == "markdown" else f"````python\n{source}\n````"

@@ -152,13 +152,17 @@ def running() -> Iterator[FakeHub]:
         server.server_close()
 
 
+def environment(hub: FakeHub) -> dict[str, str]:
+    """What tells a process that this is the Hub."""
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": "hf_none",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
+
+
 if __name__ == "__main__":
     with running() as hub:
-        told = {
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": "hf_none",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-        }
-        subprocess.run(sys.argv[1:], env={**os.environ, **told}, check=True)
+        subprocess.run(sys.argv[1:], env={**os.environ, **environment(hub)}, check=True)
     sys.exit(hub.commits != 1)

@@ -1,5 +1,6 @@
-"""What the documentation holds: code blocks, inline code, links and anchors of Markdown files."""
+"""What the documentation holds: code blocks, inline code, links and anchors of pages and notebooks."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ PAGES = tuple(
         [
             *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tpu/README.md")),
             *(ROOT / "docs").glob("*.md"),
+            *(ROOT / "notebooks").glob("*.ipynb"),
         ]
     )
 )
@@ -36,9 +38,19 @@ class Piece:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
+@cache
+def text_of(page: Path) -> str:
+    """The Markdown of a page; of a notebook that of its Markdown cells."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    cells = (cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+    return "".join("".join(cell["source"]).rstrip("\n") + "\n\n" for cell in cells)
+
+
 def blocks(page: Path, *languages: str) -> list[Piece]:
     """The fenced code blocks, of these languages if any are named."""
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     found = [Piece(page, text.count("\n", 0, m.start()) + 1, m[2], m[1]) for m in _FENCE.finditer(text)]
     return [block for block in found if not languages or block.kind in languages]
 
@@ -59,7 +71,7 @@ def links(page: Path) -> list[Piece]:
 @cache
 def prose(page: Path) -> str:
     """The text without code blocks, line by line where it was."""
-    return _FENCE.sub(lambda m: "\n" * m[0].count("\n"), page.read_text(encoding="utf-8"))
+    return _FENCE.sub(lambda m: "\n" * m[0].count("\n"), text_of(page))
 
 
 def anchors(page: Path) -> set[str]:

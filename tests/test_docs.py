@@ -8,23 +8,39 @@ import importlib.util
 import inspect
 import io
 import re
+import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import jax
 import pytest
+from gate import is_run, lines
 from ml_collections import ConfigDict
 from pages import PAGES, ROOT, Piece, anchors, blocks, commands, links, spans
+from short_run import ONE_STEP, read_records, short_config, train
 
 import step_grpo
 from step_grpo import cli
 from step_grpo.config import base_config, sft_config, validate, validate_sft
 from step_grpo.errors import UserError
+from step_grpo.fit.chips import chip_count, chip_of
+from step_grpo.fit.programs import Run, chosen_lanes
+from step_grpo.main import main as training
+from step_grpo.rollout import policies
 from step_grpo.study_config import study_config, validate_study
 
-OTHERS = {  # programs that are not of this project
-    *("cd", "docker", "export", "gcloud", "gcluster", "git", "lm_eval", "mkdocs", "mypy", "pre-commit"),
-    *("ruff", "shellcheck", "sky", "source", "ssh-add", "vllm"),
+OTHERS = {  # programs that are not of this project, and what is known of their lines
+    **dict.fromkeys(("cd", "export", "source"), "the shell's"),
+    **dict.fromkeys(("ruff", "mypy", "shellcheck", "mkdocs"), "run by the gate"),
+    **dict.fromkeys(("gcloud", "gcluster"), "stood in for, in test_tpu_scripts.py"),
+    "git": "the gate makes its clone with it",
+    "docker": "not run: the gate's machine need not have it; test_tpu_scripts.py reads the Dockerfile",
+    "sky": "not run: needs an account; test_tpu_scripts.py reads its file",
+    "pre-commit": "not run: its hooks are the gate's linters, which a test below compares",
+    "lm_eval": "not run: needs a package and its tasks from the network; the page says what was tried",
+    "vllm": "not run: needs a GPU; the page says so",
+    "ssh-add": "not run: needs an agent",
 }
 VALIDATORS = {"sft": validate_sft, "study": validate_study}
 FLAG = re.compile(r"--([\w-]+)")
@@ -145,29 +161,87 @@ def test_a_mistyped_command_is_found(command, wrong, monkeypatch):
         check_command(words)
 
 
-GATE = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-UNRUN = {"step_grpo.replay": "tests/test_guards.py", "step_grpo.fit.table": "tests/test_fit.py"}
+TESTED = {
+    "python -m step_grpo.replay": "test_guards.py::test_run_skips_counts_keeps_and_replays_a_poisoned_batch",
+    "python -m step_grpo.fit.table": "test_fit.py::"
+    "test_table_takes_the_smallest_slice_that_fits_and_compiles_nothing_twice",
+}
 """Programs that the gate does not start, since it has no damaged batch and not the hours; what tests them."""
 
 
 @pytest.mark.parametrize("piece", of_pages(blocks, "bash"))
-def test_programs_of_the_pages_are_run_by_the_gate_with_the_same_flags(piece):
-    for words in commands(piece.text):
-        if words[1:2] == ["-m"] and words[2].startswith("step_grpo.") and words[2] not in UNRUN:
-            runs = " ".join(line for line in of_gate() if f"-m {words[2]} " in line)
-            needed = {flag for word in words for flag in FLAG.findall(word)[:1]}
-            assert runs and needed <= set(FLAG.findall(runs)), " ".join(words)
+def test_programs_of_the_pages_are_run_by_the_gate(piece):
+    """By one line of it, with the same flags, the same values of them, and the same config."""
+    for line in lines(piece.text):
+        if line.program.startswith("python -m step_grpo.") and line.program not in TESTED:
+            assert is_run(line), line
 
 
-def of_gate() -> list[str]:
-    return GATE.replace("\\\n", " ").splitlines()
+@pytest.mark.parametrize("program", TESTED)
+def test_what_the_gate_leaves_out_has_a_test(program):
+    file, _, name = TESTED[program].partition("::")
+    assert name in definitions(ROOT / "tests" / file)
+    package, _, module = program.removeprefix("python -m ").rpartition(".")
+    text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+    assert re.search(rf"from {package} import .*\b{module}\b", text)
 
 
-@pytest.mark.parametrize("program", UNRUN)
-def test_what_the_gate_leaves_out_has_tests(program):
-    text = (ROOT / UNRUN[program]).read_text(encoding="utf-8")
-    package, _, name = program.rpartition(".")
-    assert re.search(rf"from {package}(?:\.{name})? import .*|import {program}", text)
+# ---------------------------------------------------------------------- slices
+
+SLICES = {"v6e-8": "v6e:2x4", "v5e-1": "v5e:1x1"}  # as they are asked for -> as they are compiled for
+ASKS = re.compile(r"--(?:accelerator|compute-type|topology)=([\w:-]+)$")
+
+
+def of_slices() -> dict[str, tuple[str, str, tuple[str, ...]]]:
+    """Where a line that trains on a slice stands -> the slice, the config, and the fields it sets.
+
+    A line that names no slice is for the one that was asked for last on its page.
+    """
+    found = {}
+    for page in PAGES:
+        asked = ""
+        for block in blocks(page, "bash"):
+            for number, words in enumerate(commands(block.text)):
+                if words[0] == "sky":
+                    words = in_full(words)  # noqa: PLW2901
+                named = [m[1] for word in words if (m := ASKS.match(word))]
+                asked = next((name for name in named if "-" in name or ":" in name), asked)
+                configs = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+                on_slice = named or words[0].startswith("tpu/")
+                if configs and on_slice:
+                    fields = tuple(word for word in words if word.startswith("--config."))
+                    found[f"{block.place}+{number}"] = SLICES.get(asked, asked), configs[0], fields
+    return found
+
+
+def in_full(words: list[str]) -> list[str]:
+    """The line that SkyPilot runs, on the slice that its file names."""
+    yaml = pytest.importorskip("yaml")
+    task = yaml.safe_load((ROOT / "tpu" / "skypilot.yaml").read_text(encoding="utf-8"))
+    given = dict(word.split("=", 1) for word in words if re.match(r"[A-Z]+=", word))
+    kind = task["resources"]["accelerators"].removeprefix("tpu-")
+    return [f"--accelerator={kind}", f"--config={given['CONFIG']}", *shlex.split(given.get("ARGS", ""))]
+
+
+@cache
+def lanes_on(topology: str, config: str, fields: tuple[str, ...]) -> int:
+    """Lanes of a run over a whole slice, counted over as many devices of this machine."""
+    chips = chip_count(topology) * chip_of(topology).devices
+    parsed = cli.parse(training, ["main", f"--config={ROOT / config}", *fields])["config"]
+    sizes = Run(parsed, jax.devices()[:chips], 0, 0).sizes()
+    return chosen_lanes(sizes, topology) * sizes.groups
+
+
+@pytest.mark.parametrize("place", of_slices())
+def test_line_for_a_slice_leaves_room_for_lanes(place):
+    assert lanes_on(*of_slices()[place]) > 0
+
+
+def test_lines_for_slices_are_found_and_one_without_its_fields_has_no_room():
+    found = set(of_slices().values())
+    spread = ("--config.mesh.tensor=4", "--config.grpo.moments_dtype=bfloat16")
+    assert ("v6e:2x4", "configs/qwen3_8b.py", spread) in found and len(of_slices()) >= 7
+    assert lanes_on("v6e:2x4", "configs/qwen3_8b.py", ()) == 0
 
 
 # ---------------------------------------------------------------------- fields, names, messages
@@ -294,6 +368,30 @@ def test_troubleshooting_has_messages():
     assert "no such message" not in texts_of_the_program()
 
 
+# ---------------------------------------------------------------------- the policy of own.md
+
+
+def test_policy_of_the_page_decides_in_a_rollout(tmp_path, monkeypatch):
+    """Its builder stands in for that of `confidence`; a completion exits where its least token is sure."""
+    (code,) = [b for b in blocks(ROOT / "docs" / "own.md", "python") if b.text.startswith("# my_policy.py")]
+    module: dict[str, object] = {"__name__": "my_policy"}
+    exec(compile(code.text, code.place, "exec"), module)
+    built = []
+
+    def builder(*arguments):
+        built.append(module["weakest_policy"](*arguments))
+        return built[-1]
+
+    monkeypatch.setitem(policies.POLICIES, "confidence", builder)
+    done = train(short_config(ONE_STEP, {"rollout": {"delta": 0.6}}), tmp_path)
+    assert {type(own.policy) for own in built} == {module["Weakest"]}
+    rows = read_records(done.workdir / "rollouts.jsonl")
+    asked = [(row["reason"] == "early_exit", row["confidences"]) for row in rows if row["confidences"]]
+    assert asked
+    for left, confidences in asked:
+        assert (confidences[-1] > 0.6) == left and max(confidences[:-1], default=0.0) <= 0.6
+
+
 # ---------------------------------------------------------------------- links
 
 
@@ -326,6 +424,10 @@ def test_every_page_is_in_the_navigation_and_nothing_else():
 
 
 # ---------------------------------------------------------------------- habits
+
+
+def of_gate() -> list[str]:
+    return (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
 
 
 LINTERS = ("ruff check .", "ruff format --check .", "mypy", "shellcheck")

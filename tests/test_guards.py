@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +184,9 @@ def test_run_skips_counts_keeps_and_replays_a_poisoned_batch(tmp_path, monkeypat
     assert re.search(r"sample 1 \(row \d\): sampler's log-prob not finite at completion tokens 3\n", text)
     assert text.endswith("1 samples have figures that are not finite\n")
     assert "computed again" not in text  # those are fine
+
+    command = [sys.executable, "-m", "step_grpo.replay", f"--workdir={tmp_path}", f"--batch={file}"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == text
 
 
 # ---------------------------------------------------------------------- warnings

@@ -1,5 +1,6 @@
 """The page of a run, read without a browser."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ from html_report_files import HOSTILE, metrics, rollout, write_workdir
 from step_grpo.errors import UserError
 from step_grpo.html_report import charts, figures, viewer
 from step_grpo.html_report.page import write_report
+from step_grpo.html_report.picture import draw_run
 from step_grpo.html_report.read import read_rows, read_run
 from step_grpo.statistics import wilson_interval
 
@@ -134,6 +136,8 @@ def test_time_is_the_sum_of_the_steps_and_the_evaluations(tmp_path):
     assert {name: part.seconds for name, part in spent.items()} == seconds
     assert sum(part.share for part in spent.values()) == pytest.approx(1)
     assert compiling.seconds == 3.0
+    whole = {part.name: part.seconds for part in figures.time_spent(dataclasses.replace(run, seconds=40.0))}
+    assert whole["loading, saving and the rest"] == 40.0 - sum(seconds.values())
 
 
 def test_calibration_is_that_of_a_loop_over_the_probes():
@@ -251,6 +255,33 @@ def test_texts_beyond_the_budget_are_left_out_evenly():
     assert len(viewer.spread(rows[:1], [10**9])) == 1
 
 
+def test_probes_are_also_found_where_the_readme_lets_them_be_written(tmp_path):
+    folder = write_workdir(tmp_path)
+    here = page_of(folder).tables["reliability"]
+    (folder / "probes").mkdir()
+    (folder / "probes.jsonl").rename(folder / "probes" / "probes.jsonl")
+    assert page_of(folder).tables["reliability"] == here and len(here) == 3
+
+
+# ---------------------------------------------------------------------- the picture of a run
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_picture_is_drawn_also_without_evaluations(everything, tmp_path):
+    run = read_run(write_workdir(tmp_path, everything=everything))
+    for name in ("run.png", "run.svg"):
+        draw_run(run, tmp_path / "images" / name)
+    assert (tmp_path / "images" / "run.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "images" / "run.svg").read_text(encoding="utf-8")
+    assert drawn.count("<!-- right answers, % -->") == 1
+    assert ("<!-- 100.0 % -->" in drawn) == everything  # accuracy after
+
+
+def test_picture_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"run\.gif: it must end in \.png or \.svg"):
+        draw_run(read_run(write_workdir(tmp_path)), tmp_path / "run.gif")
+
+
 # ---------------------------------------------------------------------- what is not there
 
 
@@ -262,7 +293,7 @@ def test_missing_parts_are_told_and_the_rest_is_drawn(tmp_path):
         "There is no evaluation in this workdir",
         "It needs completions_before.jsonl or completions_after.jsonl",
         "this workdir has no rollouts.jsonl",
-        "in a probes.jsonl; this workdir has none",
+        "in a probes.jsonl or probes/probes.jsonl; this workdir has none",
         "There are no completions of an evaluation",
         "The settings are not there",
     ):

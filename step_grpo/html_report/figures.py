@@ -280,8 +280,8 @@ def reliability_figure(probes: Sequence[Row]) -> Figure:
     judged = [p for p in probes if p["confidence"] is not None and isinstance(p["correct"], bool)]
     if not judged:
         note = (
-            "It needs the tentative answers of the probes, graded, in a probes.jsonl; this workdir has none "
-            "(python -m step_grpo.probing writes one)."
+            "It needs the tentative answers of the probes, graded, in a probes.jsonl or probes/probes.jsonl; "
+            "this workdir has none (python -m step_grpo.probing --workdir=WORKDIR/probes writes one)."
         )
         return Figure("reliability", title, note)
     bins, error = calibration(judged)
@@ -334,6 +334,8 @@ def time_spent(run: RunFiles) -> list[Spent]:
     """Where the time of the run went, as far as it was written down; compiling is part of the others."""
     seconds = {said: sum(line.get(name) or 0.0 for line in run.metrics) for name, said in STAGES.items()}
     seconds |= {f"evaluation {name}": float(s) for name, s in run.evaluation_seconds.items()}
+    if (rest := run.seconds - sum(seconds.values())) > 0:
+        seconds["loading, saving and the rest"] = rest
     total = sum(seconds.values()) or 1.0
     parts = [Spent(name, s, s / total, f"c{i}") for i, (name, s) in enumerate(seconds.items(), start=1)]
     if any("compile_seconds" in line for line in run.metrics):

@@ -21,10 +21,11 @@ class RunFiles:
         evaluations: `before` and `after` -> what `evaluate.summarise` returned.
         completions: `before` and `after` -> lines of `completions_*.jsonl`.
         rollouts: lines of `rollouts.jsonl`.
-        probes: lines of `probes.jsonl`.
+        probes: lines of `probes.jsonl`, or else of `probes/probes.jsonl`.
         settings: fields of the config by their dotted names.
         version: of step_grpo.
         evaluation_seconds: of `before` and `after`.
+        seconds: of the whole run, or of the part of it behind the last interruption; 0 while it goes on.
     """
 
     name: str
@@ -36,6 +37,7 @@ class RunFiles:
     settings: Mapping[str, Any]
     version: str
     evaluation_seconds: Mapping[str, float]
+    seconds: float
 
 
 def read_run(workdir: Path, result: Mapping[str, Any] | None = None) -> RunFiles:
@@ -68,10 +70,11 @@ def read_run(workdir: Path, result: Mapping[str, Any] | None = None) -> RunFiles
             if (rows := read_rows(workdir / f"completions_{name}.jsonl"))
         },
         rollouts=read_rows(workdir / "rollouts.jsonl"),
-        probes=read_rows(workdir / "probes.jsonl"),
+        probes=read_rows(workdir / "probes.jsonl") or read_rows(workdir / "probes" / "probes.jsonl"),
         settings=facts.get("config", {}),
         version=facts.get("version", ""),
         evaluation_seconds=result.get("evaluation_seconds", {}),
+        seconds=result.get("seconds", 0.0),
     )
 
 

@@ -429,7 +429,7 @@ def test_run_over_rounded_weights_samples_and_evaluates_the_policy_that_it_train
 
 def test_adapter_in_peft_is_the_merged_export_in_transformers_and_our_own_forward(lora_run, tmp_path):
     import torch
-    from peft import PeftModel
+    from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM
 
     export_adapter(lora_run.workdir, tmp_path / "adapter", dtype="float32")
@@ -444,6 +444,7 @@ def test_adapter_in_peft_is_the_merged_export_in_transformers_and_our_own_forwar
     base = AutoModelForCausalLM.from_pretrained(settings["base_model_name_or_path"], dtype=torch.float32)
     before = logits(base)
     in_peft = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    alone = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32))
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     opened = checkpoint.open_model(lora_run.workdir)
     cfg, positions = opened.described.config, jnp.broadcast_to(jnp.arange(24), (2, 24))
@@ -452,6 +453,7 @@ def test_adapter_in_peft_is_the_merged_export_in_transformers_and_our_own_forwar
     )
     assert np.abs(merged - before).max() > 1e-2
     np.testing.assert_allclose(in_peft, merged, atol=1e-4)
+    np.testing.assert_allclose(alone, merged, atol=1e-4)
     np.testing.assert_allclose(qwen.unembed(opened.params, states), merged, atol=1e-4)
 
 
