@@ -266,7 +266,9 @@ def decode_step(
         asked_BV, judge_cache = qwen.decode(
             judge_params, machine.judge.config, token, judge_cache, length, attention
         )
-    keys = jax.vmap(sample_key, (None, 0, 0, 0))(run_key, lane.prompt_id, lane.sample_id, lane.length)
+    keys = jax.vmap(sample_key, (None, 0, 0, 0, 0))(
+        run_key, lane.prompt_id, lane.sample_id, lane.length, lane.drawn
+    )
     seen, chunk_hash = observe(machine, vocab, state, logits_BV, asked_BV, keys)
     lane = lane._replace(kv_length=lane.kv_length + 1)
     lane, probed, emit = phases.step_lanes(machine, lane, state.probed, seen)

@@ -7,7 +7,8 @@ token is recorded in the completion (if any), which token is fed next, and where
 A probe is a check of the exit policy (`policies`): it feeds a question behind the text and reads the answer,
 without recording anything; when it ends, the lane's length in the cache is set back to where it began. What
 it wrote there lies beyond the length, is never read, and is written over. Randomness is folded from the
-position in the completion, which a probe does not advance, so a declined probe leaves no trace.
+position in the completion, which a probe does not advance, so a declined probe leaves no trace. An exit goes
+back behind tokens that were sampled; what is sampled in their places anew has noise of its own (`drawn`).
 
 Whether a trigger stands is known only when what follows it is: "Wait" may go on as "Waiting". So its tokens
 are recorded like any others, and the sampled token that confirms it starts the probe as if it had never been
@@ -101,6 +102,7 @@ class Lane(NamedTuple):
     held: jax.Array  # the token that confirmed the trigger which a probe holds back, or the delimiter
     held_logprob: jax.Array
     pieces: jax.Array  # tokens recorded from the trigger's first on, which stand before the held one
+    drawn: jax.Array  # the noise of positions below this one has chosen tokens that an exit discarded
     exit_logprob: jax.Array  # of the first closing token where the trigger began
     resume: jax.Array  # kv_length to return to after the probe
     repetitions: jax.Array
@@ -190,7 +192,7 @@ def think_and_watch(machine: Machine, lane: Lane, probed: Probed, seen: Observat
     probing = machine.policy.may_check(seen.is_trigger, seen.is_delimiter, since_last)
     probing &= ~repeating & (lane.probes < machine.max_probes)
     exit_here, exit_emit = begin_answer(
-        machine, before, jnp.int32(REPETITION), seen.exit_logprob, before.kv_length
+        machine, before, jnp.int32(REPETITION), seen.exit_logprob, seen.pieces
     )
     probe_here = begin_probe(machine, lane, before, seen)
     go_on, emit = record_thought(machine, lane, sampled_emit(seen))
@@ -297,14 +299,16 @@ def judge_input(machine: Machine, lane: Lane) -> tuple[jax.Array, jax.Array]:
 
 def exit_behind(machine: Machine, lane: Lane, reason: jax.Array) -> tuple[Lane, Emit]:
     """Out of a check into ANSWER, in place of the held trigger."""
-    return begin_answer(machine, lane, reason, lane.exit_logprob, lane.kv_length)
+    return begin_answer(machine, lane, reason, lane.exit_logprob, lane.pieces)
 
 
 def exit_aside(machine: Machine, lane: Lane, reason: jax.Array) -> tuple[Lane, Emit]:
     """Out of a judge's check into ANSWER: the held delimiter is recorded, the closing text follows."""
+    full = lane.length + 1 >= lane.limit
     lane = leave_thinking(machine, lane, reason, queued=0)
+    lane = lane._replace(phase=jnp.where(full, DONE, lane.phase), token_in=lane.held, length=lane.length + 1)
     emit = Emit(jnp.bool_(True), lane.held, lane.held_logprob, jnp.bool_(False), lane.exit_logprob)
-    return lane._replace(token_in=lane.held, length=lane.length + 1), emit
+    return lane, emit
 
 
 def put_back(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
@@ -344,24 +348,33 @@ def answer(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
 
 
 def done(machine: Machine, lane: Lane, probed: Probed, seen: Observation):
-    """DONE: nothing is recorded; the cache does not grow."""
+    """DONE: nothing is recorded, and the cache counts as empty, so that kernels read nothing of it."""
     del machine
-    lane = lane._replace(kv_length=lane.kv_length - 1)
+    lane = lane._replace(kv_length=jnp.zeros_like(lane.kv_length))
     return lane, probed, sampled_emit(seen)._replace(valid=jnp.bool_(False))
 
 
 def begin_answer(
-    machine: Machine, lane: Lane, reason: jax.Array, logprob: jax.Array, kv_length: jax.Array
+    machine: Machine, lane: Lane, reason: jax.Array, logprob: jax.Array, pieces: jax.Array
 ) -> tuple[Lane, Emit]:
-    """Into ANSWER in place of a trigger: the first closing token is recorded at once."""
+    """Into ANSWER in place of a trigger: the first closing token is recorded at once.
+
+    Args:
+        machine: settings.
+        lane: behind the text before the trigger.
+        reason: to leave the thinking.
+        logprob: of the closing token.
+        pieces: tokens that were recorded from the trigger's first on; they and the one that confirmed it are
+            discarded, and with them their noise.
+    """
     token = jnp.int32(machine.closing[0])
     lane = lane._replace(
-        phase=jnp.int32(ANSWER),
+        phase=jnp.where(lane.length + 1 >= lane.limit, DONE, ANSWER),
         reason=reason,
         token_in=token,
-        kv_length=kv_length,
         length=lane.length + 1,
         queued=jnp.int32(1),
+        drawn=lane.length + pieces + 1,
     )
     return lane, Emit(jnp.bool_(True), token, logprob, jnp.bool_(True), logprob)
 

@@ -3,12 +3,24 @@
 import jax
 import jax.numpy as jnp
 
+AGAIN = 2**30  # more than the positions of any completion
+
 
 def sample_key(
-    run_key: jax.Array, prompt_id: jax.Array, sample_id: jax.Array, position: jax.Array
+    run_key: jax.Array, prompt_id: jax.Array, sample_id: jax.Array, position: jax.Array, drawn: jax.Array
 ) -> jax.Array:
-    """The key of one token: it depends on what is sampled, not on when or where."""
-    for identity in (prompt_id, sample_id, position):
+    """The key of one token: it depends on what is sampled, not on when or where.
+
+    Args:
+        run_key: of the run.
+        prompt_id: identity of the prompt.
+        sample_id: number of the completion.
+        position: in the completion.
+        drawn: positions below this one had a token that was sampled and discarded: what is sampled there
+            again has a key of its own.
+    """
+    place = position + jnp.where(position < drawn, AGAIN, 0)
+    for identity in (prompt_id, sample_id, place):
         run_key = jax.random.fold_in(run_key, identity)
     return run_key
 

@@ -47,8 +47,8 @@ class BruteForce:
             self.judge_logits = last_logits(judge, machine.policy.judge.config, longest)
 
         @jax.jit
-        def draw(logits, run_key, prompt_id, sample_id, position):
-            keys = sample_key(run_key, prompt_id, sample_id, position)[None]
+        def draw(logits, run_key, prompt_id, sample_id, position, drawn):
+            keys = sample_key(run_key, prompt_id, sample_id, position, drawn)[None]
             return sample(
                 logits,
                 keys,
@@ -91,8 +91,10 @@ class BruteForce:
                 start = end
         return bool(ends) and ends[-1] > len(text) - len(self.texts[token])
 
-    def __call__(self, prompt, run_key, prompt_id, sample_id):
+    def __call__(self, prompt, run_key, prompt_id, sample_id, limit=None):
         m = self.machine
+        limit = limit or m.max_response
+        drawn = 0  # positions below this one had a token that an exit discarded
         out, logprobs, forced = [], [], []
         scores, checked, reason, phase = [], [], "unfinished", "THINK"
         repetitions, chunk_start, previous_words, known = 0, 0, None, set()
@@ -106,7 +108,7 @@ class BruteForce:
 
         def close():
             for token in m.closing:
-                if len(out) < m.max_response:
+                if len(out) < limit:
                     record(token, self.logits([*prompt, *out]), True)
 
         def check(text, length):
@@ -119,9 +121,9 @@ class BruteForce:
             near = length >= m.think_budget - m.budget_margin
             return "early_exit" if passes else "budget" if near else "unfinished"
 
-        while len(out) < m.max_response and phase != "DONE":
+        while len(out) < limit and phase != "DONE":
             logits = self.logits([*prompt, *out])
-            token = int(self.draw(logits, run_key, prompt_id, sample_id, len(out)))
+            token = int(self.draw(logits, run_key, prompt_id, sample_id, len(out), drawn))
             if phase == "ANSWER":
                 record(token, logits, False)
                 phase = "DONE" if token in m.eos else phase
@@ -140,6 +142,7 @@ class BruteForce:
                 elif self.asks_at_trigger(cut, checked):
                     reason = check(out[:cut], cut)
                 if reason != "unfinished":
+                    drawn = len(out) + 1
                     for recorded in (out, logprobs, forced):
                         del recorded[cut:]
                     phase = "ANSWER"

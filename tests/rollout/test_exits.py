@@ -189,3 +189,19 @@ def test_declined_probe_near_the_thinking_budget_ends_the_thinking(length, phase
     lane, _ = end_of_probe(delta=1.0, last_logprob=-1.0, length=length)
     assert lane.phase[0] == phase
     assert phases.REASONS[lane.reason[0]] == ("budget" if phase == ANSWER else "unfinished")
+
+
+@pytest.mark.parametrize("phase", [PROBE, phases.DONE])
+def test_finished_lane_leaves_nothing_for_attention_to_read(phase):
+    """Kernels read as much of a cache as its length says; the lane may wait long for the next completion."""
+    one = jnp.zeros(1, jnp.int32)
+    lane = fresh_lanes(one, one, one + 7, one)._replace(
+        phase=one + phase, resume=one + 26, kv_length=one + 31
+    )
+    seen = Observation(
+        token=one + 9, logprob=jnp.zeros(1), look=Look(one, jnp.zeros(1)), closing_logprobs=jnp.zeros((1, 3)),
+        is_delimiter=one > 0, is_trigger=one > 0, pieces=one, exit_logprob=jnp.zeros(1),
+        finished_chunk_hash=jnp.zeros(1, jnp.uint32), recorded=one,
+    )  # fmt: skip
+    lane, _, emit = phases.step_lanes(MACHINE, lane, Probed(jnp.zeros((1, 5)), jnp.zeros((1, 4))), seen)
+    assert int(lane.kv_length[0]) == (31 if phase == PROBE else 0) and not emit.valid[0]

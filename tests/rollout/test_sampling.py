@@ -174,9 +174,24 @@ def test_frequencies_are_the_tempered_nucleus(temperature, top_p):
 def test_key_depends_on_identity_alone():
     run_key = jax.random.key(9)
     identities = list(itertools.product([0, 1, 2**31 - 1], [0, 1, 2], [0, 1, 2]))
-    together = jax.vmap(sample_key, (None, 0, 0, 0))(run_key, *map(jnp.array, zip(*identities, strict=True)))
+    identities = [(*identity, drawn) for identity in identities for drawn in (0, 3)]
+    columns = map(jnp.array, zip(*identities, strict=True))
+    together = jax.vmap(sample_key, (None, 0, 0, 0, 0))(run_key, *columns)
     alone = [sample_key(run_key, *identity) for identity in identities[::-1]][::-1]
     words = [tuple(jax.random.key_data(key).tolist()) for key in alone]
     assert words == [tuple(row) for row in jax.random.key_data(together).tolist()]
     assert max(Counter(words).values()) == 1  # no two identities share one: (1, 2) is not (2, 1)
-    assert tuple(jax.random.key_data(sample_key(jax.random.key(8), 0, 0, 0)).tolist()) not in words
+    assert tuple(jax.random.key_data(sample_key(jax.random.key(8), 0, 0, 0, 0)).tolist()) not in words
+
+
+def test_token_sampled_again_is_independent_of_the_discarded_one():
+    """Independent draws of one distribution `p` agree with probability `sum(p**2)`."""
+    p, draws = np.array([0.4, 0.3, 0.2, 0.1]), 20_000
+    rows = jnp.broadcast_to(jnp.log(p), (draws, 4))
+
+    def drawn(below):
+        keys = jax.vmap(lambda sample: sample_key(jax.random.key(5), 7, sample, 40, below))(jnp.arange(draws))
+        return np.asarray(sample(rows, keys, temperature=1.0))
+
+    assert np.mean(drawn(0) == drawn(40)) == 1  # nothing was discarded in this place
+    assert np.mean(drawn(0) == drawn(41)) == pytest.approx(np.sum(p**2), abs=4.5 * 0.5 / draws**0.5)
