@@ -334,7 +334,9 @@ def fuzz_hf(cases: int, random_seed: int, counter: Counter) -> None:
                 rows = write_parquet(path, table)
             check_source("hf", path, fields, rows)
 
-    lines = st.just([]) | st.lists(LINES, min_size=1, max_size=4)
+    # pyarrow's reader of JSON, which the library calls, ends the process at a first line that is null.
+    readable = LINES.filter(lambda line: line.strip() not in (b"null", b"NaN"))
+    lines = st.just([]) | st.lists(readable, min_size=1, max_size=4)
     explore(check, st.tuples(lines, TABLES, DATA_FIELDS), cases, random_seed, counter)
 
 

@@ -2,17 +2,20 @@
 
 import dataclasses
 import re
+import shutil
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import torch
-from short_run import ONE_STEP, command, short_config, train
+from short_run import ONE_STEP, command, read_records, short_config, train
+from test_checkpoint import file_system
 from transformers import AutoModelForCausalLM
 
-from step_grpo import checkpoint
+from step_grpo import checkpoint, cli
 from step_grpo.data.prompts import EncodedPrompt
 from step_grpo.data.sources import Question, load_questions
 from step_grpo.errors import UserError
@@ -42,6 +45,7 @@ from step_grpo.model.weights import load_checkpoint, load_params
 from step_grpo.reward.grading import Grade
 from step_grpo.rollout.engine import Completion, RolloutStats
 from step_grpo.rollout.policies import Confidence
+from step_grpo.rollout_log import RolloutLog
 from step_grpo.scoring import Scored, score_completions
 
 EVALUATION = {"accuracy", "accuracy_low", "accuracy_high", "tokens", "steps", "questions"}
@@ -243,6 +247,40 @@ def test_what_is_recomputed_reaches_the_program_of_the_update():
 
     assert program("full") == program("full")
     assert len({program("full"), program("dots"), program("none")}) == 3
+
+
+def test_disk_that_is_full_costs_nothing_once_there_is_room(finished_run, tmp_path, monkeypatch, capsys):
+    """Full as soon as step 2 has its line in metrics.jsonl and is to be written to rollouts.jsonl."""
+    with file_system(tmp_path / "disk", "size=64m"):
+        workdir, other = tmp_path / "disk" / "run", tmp_path / "disk" / "other"
+        shutil.copytree(finished_run.workdir, workdir)  # as it was after its first step
+        for name in ("result.json", "export", "checkpoints/000002"):
+            path = workdir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+        def fill(*arguments):
+            with suppress(OSError), other.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**16))
+            return write(*arguments)
+
+        write = RolloutLog.write
+        config = short_config({"log": {"rollouts": 16}})  # more than what is left of the file's last page
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(RolloutLog, "write", fill)
+            cli.run(lambda: train(config, workdir), ["program"])
+        assert ended.value.code == 2
+        told = capsys.readouterr().err
+        assert re.search(r"^step_grpo: error: .*No space left on device; make room", told, re.M), told
+        assert not (workdir / "result.json").exists()
+        other.unlink()
+        run = train(config, workdir)
+        assert run.metrics == finished_run.metrics
+        assert {line["step"] for line in read_records(workdir / "rollouts.jsonl")} == {1, 2}
+        assert len(read_records(workdir / "rollouts.jsonl")) == 4 + 16
+        assert identical(trained_weights(finished_run.workdir), trained_weights(workdir))
+        assert run.completions("after") == finished_run.completions("after")
+        assert run.result["after"] == finished_run.result["after"]
 
 
 def test_only_the_newest_checkpoints_are_kept(finished_run, resumed_run):
