@@ -12,12 +12,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from short_run import ROOT, ShortRun, short_config, train
+from short_run import ROOT, ShortRun, read_records, short_config, train
 from test_mesh import CFG, gradient
 
 from step_grpo import checkpoint, distributed
@@ -30,6 +31,7 @@ SMALL = {
     "rollout": {"max_response_tokens": 64},
     "grpo": {"row_length": 96},
     "eval": {"questions": 8, "max_response_tokens": 64},
+    "log": {"rollouts": 1000},  # all completions
 }
 WHOLE = {
     **SMALL,
@@ -127,6 +129,15 @@ def together(tmp_path_factory) -> tuple[ShortRun, list[str]]:
     return ShortRun(short_config(WHOLE), workdir, ended[0][1]), [printed for _, printed in ended]
 
 
+def nearly(value: Any) -> Any:
+    """What equals a value of JSON whose fractions differ by rounding."""
+    if isinstance(value, float):
+        return pytest.approx(value, **ROUNDING)
+    if isinstance(value, list):
+        return [nearly(part) for part in value]
+    return {name: nearly(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
 def test_run_over_two_processes_is_that_of_one(alone, together):
     run, _ = together
     assert [line["step"] for line in run.metrics] == list(range(1, STEPS + 1))
@@ -134,6 +145,9 @@ def test_run_over_two_processes_is_that_of_one(alone, together):
         assert line.keys() == there.keys()
         for name in line.keys() - {"lane_use"}:  # the only one that speaks of the devices
             assert line[name] == pytest.approx(there[name], **ROUNDING), name
+    rollouts, there = (read_records(r.workdir / "rollouts.jsonl") for r in (run, alone))
+    assert len(there) == STEPS * run.config.prompts_per_step * run.config.rollout.samples
+    assert rollouts == nearly(there)
     for name in ("before", "after"):
         assert run.completions(name) == alone.completions(name)
         assert run.result[name] == alone.result[name]
