@@ -223,10 +223,14 @@ def spread(sizes):
     return short_config({"mesh": dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))}, SPREAD[sizes])
 
 
+@functools.cache
+def spread_update(sizes) -> Update:
+    return build_update(CFG, spread(sizes), optimizer_of(spread(sizes).grpo), mesh_of_sizes(sizes))
+
+
 def one_more(state, sizes):
     """The state behind an update with all samples."""
-    config, mesh = spread(sizes), mesh_of_sizes(sizes)
-    update = build_update(CFG, config, optimizer_of(config.grpo), mesh)
+    config, mesh, update = spread(sizes), mesh_of_sizes(sizes), spread_update(sizes)
     state = state or update.init(params_on(CFG, mesh))
     batches = pack(samples(), row_length=32, rows=config.grpo.rows)
     placed = place_rows(mesh, stack(batches, len(batches)), axis=1)
@@ -251,7 +255,7 @@ def test_run_goes_on_on_another_mesh_as_it_would_have_up_to_rounding(first_half,
     """Completions do not depend on the mesh either, see below."""
     workdir, described, expected = first_half
     mesh = mesh_of_sizes(sizes)
-    fresh = update_on(CFG, mesh).init(params_on(CFG, mesh, seed=1))
+    fresh = spread_update(sizes).init(params_on(CFG, mesh, seed=1))
     progress, state = restore(workdir, fresh, described, spread(sizes))
     assert progress == Progress(1, 4)
     jax.tree.map(
