@@ -274,7 +274,8 @@ def test_picture_is_drawn_also_without_evaluations(everything, tmp_path):
     assert (tmp_path / "images" / "run.png").read_bytes().startswith(b"\x89PNG")
     drawn = (tmp_path / "images" / "run.svg").read_text(encoding="utf-8")
     assert drawn.count("<!-- right answers, % -->") == 1
-    assert ("<!-- 100.0 % -->" in drawn) == everything  # accuracy after
+    ends = {f"{name}-{when}" for name in ("accuracy", "tokens", "steps") for when in ("before", "after")}
+    assert {end for end in ends if f'id="{end}"' in drawn} == (ends if everything else set())
 
 
 def test_picture_of_another_kind_is_refused(tmp_path):

@@ -62,7 +62,8 @@ def draw_panel(axes: Any, run: RunFiles, name: str) -> None:
         axes.annotate(
             form.format(mean), (at, high), xytext=(5 if when == "after" else -5, 4),
             textcoords="offset points", ha="right" if when == "after" else "left", color=PLAIN,
-            fontsize=10, fontweight="bold", path_effects=[withStroke(linewidth=3, foreground="white")],
+            fontsize=10, fontweight="bold", gid=f"{name}-{when}",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
     top = axes.get_ylim()[1]
     axes.set(xlabel="step of the training", ylim=(0, 115 if name == "accuracy" else 1.12 * top))
