@@ -27,6 +27,7 @@ from step_grpo.rollout.programs import Programs, annex_lanes, make_ladder, round
 from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, reach, token_bytes
 
 SEGMENT_STEPS = 64  # steps between two looks of the host at the lanes, at most
+ANNEX_TURNS = 2  # the last completions go to the annex once its lanes hold them in so many turns
 LOOK_COST = 0.3  # what a look takes, in steps: about so much for a small model, less for a large one
 CLOSING = "\n</think>\n\n"  # appended where the machine ends the thinking
 REFILL_SHARE = 16  # one lane in so many is expected to become free between two looks: prompts made at a time
@@ -56,12 +57,23 @@ class RolloutStats:
     decode_seconds: float = 0.0
     compile_seconds: float = 0.0  # of the first call
     steps: int = 0  # decode steps, summed over the devices
-    lane_steps: int = 0  # steps times the lanes that took them
+    lane_steps: int = 0  # steps of the slowest device times the lanes of all: those that wait count too
     live_steps: int = 0  # those that carried an unfinished completion
     prefilled: int = 0  # prompt tokens, padding included
     resizes: int = 0  # times the cache grew, shrank or was packed
     moves: int = 0  # times completions moved to the annex
     known_tokens: int = 0  # of completions that the caller had already
+
+
+class Told(NamedTuple):
+    """What the host reads of all lanes behind a segment, at one go, `[B]` each as in `phases.Lane`."""
+
+    phase: np.ndarray
+    kv_length: np.ndarray
+    length: np.ndarray
+    reason: np.ndarray
+    probes: np.ndarray
+    probe_tokens: np.ndarray
 
 
 @dataclass
@@ -71,6 +83,7 @@ class Pool:
     state: decode.RolloutState
     owner: list[list[tuple[int, int] | None]]  # [devices][lanes of a device] completion; None: a free lane
     kv_length: np.ndarray  # [devices, lanes of a device] tokens in the cache
+    told: Told | None = None  # of the last segment
 
     @classmethod
     def of(cls, state: decode.RolloutState, devices: int) -> "Pool":
@@ -288,7 +301,7 @@ class _Work:
         self.main = Pool.of(self.programs.empty(ladder.shapes[0]), self.devices)
         self.annex = None
         if ladder.annex:
-            self.annex = Pool.of(self.programs.empty(ladder.annex_shape), self.devices)
+            self.annex = Pool.of(self.programs.empty(ladder.annex_shapes[0]), self.devices)
 
     @property
     def pending(self) -> bool:
@@ -368,7 +381,7 @@ class _Work:
         """Gives the lanes the smallest shapes that hold the next segment; who takes it, and its steps.
 
         The annex waits until its lanes are full or nothing else is left: so few lanes are best advanced when
-        none of them is free.
+        none of them is free. In the end the other lanes wait for it, and move there as its own become free.
         """
         if self.rebatch and not self.pending and self._pack():
             assert self.annex
@@ -393,16 +406,16 @@ class _Work:
 
     def _pack(self) -> bool:
         """Into fewer lanes, if those in use fit there; returns whether the annex has or awaits them all."""
+        ladder = self.programs.ladder
         live = self.main.live()
-        if self.annex and max(live) <= self.annex.lanes:
+        if self.annex and max(live) <= ANNEX_TURNS * self.annex.lanes:
             room = [self.annex.lanes - n for n in self.annex.live()]
-            if any(live) and all(n <= r for n, r in zip(live, room, strict=True)):
+            if any(n and r for n, r in zip(live, room, strict=True)):
                 self._move(self.main.longer(-1))
+            if not any(self.main.live()):
+                self._keep_live(self.annex, ladder.annex)
             return True
-        packed = [n // self.devices for n in self.programs.ladder.packed]
-        for fewer in packed[packed.index(self.main.lanes) + 1 :]:
-            if max(live) <= fewer:
-                self._keep(fewer)
+        self._keep_live(self.main, ladder.packed)
         return False
 
     def _make_room(self, ahead: int) -> bool:
@@ -450,21 +463,32 @@ class _Work:
         self.stats.resizes += 1
         self.roomy = 0
 
-    def _keep(self, fewer: int) -> None:
+    def _keep_live(self, pool: Pool, packed: Sequence[int]) -> None:
+        """Packs a pool, a rung at a time, into the fewest lanes that hold what is live on each device.
+
+        Args:
+            pool: the lanes.
+            packed: their numbers over all devices, the most first.
+        """
+        for lanes in packed:
+            fewer = lanes // self.devices
+            if max(pool.live()) <= fewer < pool.lanes:
+                self._keep(pool, fewer)
+
+    def _keep(self, pool: Pool, fewer: int) -> None:
         """Keeps the live lanes of each device, filled up with free ones to `fewer`."""
-        main = self.main
         kept = np.zeros((self.devices, fewer), np.int32)
-        for device, owners in enumerate(main.owner):
+        for device, owners in enumerate(pool.owner):
             live = [lane for lane, owner in enumerate(owners) if owner is not None]
             free = [lane for lane, owner in enumerate(owners) if owner is None]
             kept[device] = (live + free)[:fewer]
-            main.owner[device] = [owners[lane] for lane in kept[device]]
-        main.kv_length = np.take_along_axis(main.kv_length, kept, axis=1)
-        main.state = self.programs.pack(main.state, kept.ravel())
+            pool.owner[device] = [owners[lane] for lane in kept[device]]
+        pool.kv_length = np.take_along_axis(pool.kv_length, kept, axis=1)
+        pool.state = self.programs.pack(pool.state, kept.ravel())
         self.stats.resizes += 1
 
     def _move(self, lanes: list[list[int]]) -> None:
-        """Moves these lanes of each device to free ones of the annex."""
+        """Moves these lanes of each device to free ones of the annex, as many as there are."""
         main, annex = self.main, self.annex
         assert annex
         row = np.full((self.devices, annex.lanes), -1, np.int32)
@@ -489,18 +513,20 @@ class _Work:
         pool.state, taken = self.programs.segment(
             params, run_key, pool.state, np.int32(steps), np.array(stop, np.int32)
         )
-        taken = jax.device_get(taken)
+        lane = pool.state.lane
+        taken, pool.told = jax.device_get((taken, Told(*(getattr(lane, name) for name in Told._fields))))
         self.stats.steps += int(taken.steps.sum())
-        self.stats.lane_steps += int(taken.steps.sum()) * pool.lanes
+        # A device that left its loop early, or has nothing to do, waits for the others.
+        self.stats.lane_steps += int(taken.steps.max()) * self.devices * pool.lanes
         self.stats.live_steps += int(taken.live_steps.sum())
         self.stats.decode_seconds += time.monotonic() - started
 
     def harvest(self, pool: Pool) -> list[Completion]:
         """Takes the finished completions out of their lanes and frees them."""
-        state, shape = pool.state, pool.kv_length.shape
-        phase, kv_length = jax.device_get((state.lane.phase, state.lane.kv_length))
-        pool.kv_length = kv_length.reshape(shape).copy()
-        phase = phase.reshape(shape)
+        state, told, shape = pool.state, pool.told, pool.kv_length.shape
+        assert told
+        pool.kv_length = told.kv_length.reshape(shape).copy()
+        phase = told.phase.reshape(shape)
         ready = [
             (device, lane, owner)
             for device, owners in enumerate(pool.owner)
@@ -509,16 +535,14 @@ class _Work:
         ]
         if not ready:
             return []
-        lanes = state.lane
-        scalars = lanes.length, lanes.reason, lanes.probes, lanes.probe_tokens
         written = Written(
-            *jax.device_get((*scalars, state.probed.confidences, state.tokens, state.logprobs, state.forced))
+            *jax.device_get((state.probed.confidences, state.tokens, state.logprobs, state.forced))
         )
         for device, lane, _ in ready:
             pool.owner[device][lane] = None
         self.finished += len(ready)
         return [
-            completion_of(written, device * shape[1] + lane, prompt, sample)
+            completion_of(told, written, device * shape[1] + lane, prompt, sample)
             for device, lane, (prompt, sample) in ready
         ]
 
@@ -526,28 +550,24 @@ class _Work:
 class Written(NamedTuple):
     """What the host reads of finished lanes, leaves `[B, ...]` as in the rollout's state."""
 
-    length: np.ndarray
-    reason: np.ndarray
-    probes: np.ndarray
-    probe_tokens: np.ndarray
     confidences: np.ndarray
     tokens: np.ndarray
     logprobs: np.ndarray
     forced: np.ndarray
 
 
-def completion_of(written: Written, b: int, prompt: int, sample: int) -> Completion:
+def completion_of(told: Told, written: Written, b: int, prompt: int, sample: int) -> Completion:
     """Lane `b` of what was written."""
-    n = written.length[b]
+    n = told.length[b]
     return Completion(
         prompt=prompt,
         sample=sample,
         tokens=written.tokens[b, :n].copy(),
         logprobs=written.logprobs[b, :n].copy(),
         forced=written.forced[b, :n].copy(),
-        reason=REASONS[written.reason[b]],
-        confidences=written.confidences[b, : written.probes[b]].copy(),
-        probe_tokens=int(written.probe_tokens[b]),
+        reason=REASONS[told.reason[b]],
+        confidences=written.confidences[b, : told.probes[b]].copy(),
+        probe_tokens=int(told.probe_tokens[b]),
     )
 
 

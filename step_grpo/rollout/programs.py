@@ -3,9 +3,10 @@
 A rollout state has a shape: the number of lanes and the tokens that each lane's cache holds. It starts with
 every lane and a small cache. The few completions that outgrow it move to the annex, a second state of few
 lanes with the largest cache; the cache itself doubles when more do, and halves when few need it. Once the
-queue is empty and most lanes are free, the rest goes to the annex; where there is none, it is packed into a
-quarter as many lanes. Every program is compiled ahead of time and called by shape, so a shape that nobody
-planned is an error and never a silent compilation.
+queue is empty and most lanes are free, the rest goes to the annex, which is packed as its completions end;
+where there is none, the state is packed. Both are packed into a quarter as many lanes at a time. Every
+program is compiled ahead of time and called by shape, so a shape that nobody planned is an error and never a
+silent compilation.
 """
 
 import itertools
@@ -32,7 +33,8 @@ CAPACITY_LEVELS = 3  # full, half, quarter
 LEAST_CAPACITY = 128  # tokens below which a smaller cache is not worth a program
 PACKING = 4  # lanes are packed into a quarter, and again
 ANNEX_SHARE = 8  # one lane in so many has a place in the annex
-LEAST_LANES = 8  # of a device, below which packing saves nothing
+LEAST_LANES = 8  # of a device, below which packing saves nothing: a rung costs programs for each capacity
+LEAST_ANNEX = 2  # of a device: the last few completions last long, and a rung of the annex is one program
 WIDTH_LEVELS = 3  # prompts padded to the full width, half, a quarter
 
 
@@ -48,7 +50,7 @@ class Ladder(NamedTuple):
 
     capacities: tuple[int, ...]  # the smallest first
     packed: tuple[int, ...]  # lanes over all devices, the most first; the first is all of them
-    annex: int  # lanes of the annex over all devices; 0 for none
+    annex: tuple[int, ...]  # lanes of the annex over all devices, the most first; empty for none
     widths: tuple[int, ...]  # of padded prompts, the smallest first
 
     @property
@@ -57,9 +59,9 @@ class Ladder(NamedTuple):
         return [Shape(lanes, capacity) for lanes in self.packed for capacity in self.capacities]
 
     @property
-    def annex_shape(self) -> Shape:
-        """Of the annex; its number of lanes is none of those of the state."""
-        return Shape(self.annex, self.capacities[-1])
+    def annex_shapes(self) -> list[Shape]:
+        """Of the annex; its numbers of lanes are none of those of the state."""
+        return [Shape(lanes, self.capacities[-1]) for lanes in self.annex]
 
 
 def make_ladder(lanes: int, capacity: int, max_prompt: int, devices: int, *, annex: bool) -> Ladder:
@@ -75,15 +77,21 @@ def make_ladder(lanes: int, capacity: int, max_prompt: int, devices: int, *, ann
     capacities = halvings(capacity, CAPACITY_LEVELS, LEAST_CAPACITY, 64)
     local = lanes // devices
     aside = annex_lanes(local) if annex and len(capacities) > 1 else 0
-    packed = [local]
-    while not aside and packed[-1] // PACKING >= LEAST_LANES:
-        packed.append(packed[-1] // PACKING)
+    packed = [local] if aside else packings(local, LEAST_LANES)
     return Ladder(
         capacities,
         tuple(n * devices for n in packed),
-        aside * devices,
+        tuple(n * devices for n in packings(aside, LEAST_ANNEX) if n),
         halvings(max_prompt, WIDTH_LEVELS, 32, 32),
     )
+
+
+def packings(most: int, least: int) -> list[int]:
+    """`most` lanes, a quarter of them and so on, but for fewer than `least`."""
+    lanes = [most]
+    while lanes[-1] // PACKING >= least:
+        lanes.append(lanes[-1] // PACKING)
+    return lanes
 
 
 def annex_lanes(lanes: int) -> int:
@@ -168,7 +176,7 @@ class Programs:
     # ------------------------------------------------------------------ what the engine calls
 
     def empty(self, shape: Shape) -> RolloutState:
-        """Every lane free; the first shape of the ladder, or the annex."""
+        """Every lane free; the first shape of the ladder, or of the annex."""
         return self._programs["empty", shape]()
 
     def prefill(self, params, tokens, lengths) -> Prefilled:
@@ -216,9 +224,9 @@ class Programs:
         per_device = self._abstract((n,), jnp.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._everywhere)
-        annex = [self.ladder.annex_shape] if self.ladder.annex else []
+        annex = self.ladder.annex_shapes
         plan: dict[Hashable, Callable[[], Any]] = {}
-        for shape in [self.ladder.shapes[0], *annex]:
+        for shape in [self.ladder.shapes[0], *annex[:1]]:
             empty = partial(self._make_state, lanes=shape.lanes // n, capacity=shape.capacity)
             plan["empty", shape] = self._lower(empty, (), (), local)
         for width in self.ladder.widths:
@@ -237,8 +245,8 @@ class Programs:
                 if width + self.judge_prefix <= shape.capacity:
                     plan["insert", shape, width] = partial(self._lower_insert, params, shape, width)
         for shape in self.ladder.shapes if annex else []:
-            lanes = self._abstract((self.ladder.annex,), jnp.int32)
-            states = self._state(shape), self._state(*annex)
+            lanes = self._abstract((annex[0].lanes,), jnp.int32)
+            states = self._state(shape), self._state(annex[0])
             plan["move", shape] = self._lower(
                 decode.move, (*states, lanes), (local,) * 3, local, donate=(0, 1)
             )
@@ -264,11 +272,15 @@ class Programs:
     def _plan_packings(self) -> dict[Hashable, Callable[[], Any]]:
         local = PartitionSpec("data")
         plan: dict[Hashable, Callable[[], Any]] = {}
-        for old, new in itertools.pairwise(self.ladder.packed):
-            for capacity in self.ladder.capacities:
-                shape = Shape(old, capacity)
-                arguments = (self._state(shape), self._abstract((new,), jnp.int32))
-                plan["pack", shape] = self._lower(decode.pack, arguments, (local, local), local)
+        steps = [
+            (Shape(old, capacity), new)
+            for old, new in itertools.pairwise(self.ladder.packed)
+            for capacity in self.ladder.capacities
+        ]
+        steps += [(old, new.lanes) for old, new in itertools.pairwise(self.ladder.annex_shapes)]
+        for shape, new in steps:
+            arguments = (self._state(shape), self._abstract((new,), jnp.int32))
+            plan["pack", shape] = self._lower(decode.pack, arguments, (local, local), local)
         return plan
 
     def _on_each_device(self, function, in_specs, out_specs):

@@ -11,6 +11,7 @@ from step_grpo.errors import UserError
 from step_grpo.mesh import make_mesh
 from step_grpo.model import qwen
 from step_grpo.model.attention import XLA, Attention
+from step_grpo.reward.steps import trigger_pattern
 from step_grpo.rollout import engine as engine_module
 from step_grpo.rollout import programs
 from step_grpo.rollout.engine import RolloutEngine, identity, lanes_that_fit
@@ -142,6 +143,7 @@ MACHINES = {
     "repetitive": dataclasses.replace(
         MACHINE, policy=dataclasses.replace(PROBE, delta=1.0), max_repetitions=1, max_probes=2
     ),
+    "unbudgeted": dataclasses.replace(MACHINE, think_budget=72, budget_margin=0),
     "sufficiency": dataclasses.replace(MACHINE, policy=SUFFICIENCY),
     "verifier": dataclasses.replace(MACHINE, policy=VERIFIER),
     "plain": dataclasses.replace(MACHINE, policy=None),
@@ -166,6 +168,58 @@ def test_engine_equals_brute_force_loop(params, name, split):
         assert c.reason == reason
         np.testing.assert_allclose(c.logprobs, logprobs, atol=1e-4)
         np.testing.assert_allclose(c.confidences, confidences, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["unbudgeted", "repetitive", "verifier"])
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_exit_in_the_last_place_of_a_completion_ends_it(params, name, split):
+    """Each completion that left its thinking early is made again with room for one token of its exit."""
+    machine = MACHINES[name]
+    before = run(params, machine, samples=12, split=split)
+    limits = [1 + int(np.argmax(c.forced)) if c.forced.any() else 1 + i % 9 for i, c in enumerate(before)]
+    if machine.judge:  # the delimiter is recorded, and fills it
+        limits = [max(1, limit - 1) for limit in limits]
+    engine = shared_engine(machine, 4, split)
+    completions, _ = engine(qwen.decode_params(params, jnp.float32), PROMPTS, 12, KEY, limits=limits)
+    reference = BruteForce(
+        params, CFG, machine, TEXTS_OF[split], TRIGGERS, longest=96, judge=make_judge(), delimiters=DELIMITERS
+    )
+    exits = 0
+    for c, limit in zip(completions, limits, strict=True):
+        prompt = PROMPTS[c.prompt]
+        tokens, _, forced, reason, _ = reference(prompt, KEY, identity(prompt), c.sample, limit)
+        assert c.tokens.tolist() == tokens and len(tokens) <= limit
+        assert (c.forced.tolist(), c.reason) == (forced, reason)
+        exits += reason in ("early_exit", "rep") and len(tokens) == limit
+    assert exits or not split  # whole triggers are confirmed one token later, and end with `length`
+
+
+def test_answer_draws_noise_that_no_discarded_token_has_used(params):
+    """With even logits a token tells its noise alone, so plain sampling tells what an exit discarded."""
+    even = {**params, "head_DV": jnp.zeros_like(params["head_DV"])}
+    machine = dataclasses.replace(
+        MACHINE, policy=dataclasses.replace(PROBE, delta=0.0), closing=(11,), eos=(-1,), think_end=-1
+    )
+    left = run(even, machine, samples=60, split=True)
+    plain = run(even, dataclasses.replace(machine, policy=None), samples=60, split=True)
+    texts, used, fresh = SPLIT_TEXTS, [], []
+    for c, p in zip(left, plain, strict=True):
+        if c.reason == "early_exit":
+            cut = int(np.argmax(c.forced))
+            standing = next(
+                n
+                for n in range(cut + 1, len(p.tokens) + 1)
+                if confirmed(b"".join(texts[t] for t in p.tokens[cut:n]).decode())
+            )
+            used += (c.tokens[cut + 1 : standing] == p.tokens[cut + 1 : standing]).tolist()
+            fresh += (c.tokens[standing:] == p.tokens[standing:]).tolist()
+    assert len(used) > 50 and np.mean(used) < 0.3  # 1 / 14 expected
+    assert len(fresh) > 1000 and all(fresh)  # nothing else changes
+
+
+def confirmed(text):
+    """Whether a trigger in it has a byte behind it."""
+    return any(match.end() < len(text) for match in trigger_pattern(TRIGGERS).finditer(text))
 
 
 def test_static_batches_make_the_same_completions_in_more_lane_steps(params):
@@ -385,6 +439,34 @@ def test_live_steps_count_the_tokens_that_were_fed(params):
     assert stats.live_steps == sum(len(c.tokens) for c in completions) <= stats.lane_steps
 
 
+def test_devices_that_wait_for_others_are_charged(params):
+    """One completion on two devices: lanes of the idle one stand still for as long."""
+    engine = shared_engine(MACHINES["plain"], 4)
+    (completion,), stats = engine(qwen.decode_params(params, jnp.float32), PROMPTS[:1], 1, KEY)
+    assert stats.live_steps == stats.steps == len(completion.tokens)
+    assert stats.lane_steps == 4 * stats.steps
+
+
+def test_annex_takes_the_last_completions_in_turns_and_is_packed_as_they_end(params, monkeypatch):
+    small_steps(monkeypatch)
+    monkeypatch.setattr(programs, "LEAST_LANES", 4)
+    monkeypatch.setattr(programs, "LEAST_ANNEX", 1)
+    used = watch_programs(monkeypatch, "move", "pack")
+    weights, endless = (
+        qwen.decode_params(params, jnp.float32),
+        dataclasses.replace(MACHINES["plain"], eos=(-1,)),
+    )
+    limits = [*[20 + i for i in range(14)], 60, 72]
+    engine = make_engine(endless, lanes=8, mesh=make_mesh(1))
+    completions, stats = engine(weights, PROMPTS, 4, KEY, limits=limits)
+    assert [len(c.tokens) for c in completions] == limits
+    assert same(
+        completions, make_engine(endless, 1, make_mesh(1))(weights, PROMPTS, 4, KEY, limits=limits)[0]
+    )
+    assert [shape.lanes for name, shape, *_ in used if name == "pack"] == [4]
+    assert stats.moves > 2 and stats.live_steps == sum(limits)
+
+
 def small_steps(monkeypatch):
     """Shapes so close together that short completions pass through all of them."""
     monkeypatch.setattr(engine_module, "SEGMENT_STEPS", 8)
@@ -428,6 +510,7 @@ def test_ladder_ends_at_what_the_longest_needs(lanes, capacity, devices, annex):
     assert list(ladder.capacities) == sorted(set(ladder.capacities))
     assert ladder.widths[-1] == 2048
     assert ladder.packed[0] == lanes and all(n % devices == 0 for n in ladder.packed)
-    shapes = [*ladder.shapes, ladder.annex_shape]
+    shapes = [*ladder.shapes, *ladder.annex_shapes]
     assert len(set(shapes)) == len(shapes)
-    assert ladder.annex % devices == 0 and (annex or not ladder.annex)
+    assert all(n % devices == 0 for n in ladder.annex) and (annex or not ladder.annex)
+    assert list(ladder.annex) == sorted(set(ladder.annex), reverse=True)
