@@ -281,6 +281,7 @@ def _decode_cudnn(attention, q_BNH, k_BKH, v_BKH, cache, length_B):
     cache = write_token(cache, k_BKH, v_BKH, length_B)
     if fused:
         return _attend_cudnn(q_BNH, cache, length_B + 1), cache
+    assert blocks
     return _attend_triton(q_BNH, cache, length_B + 1, *blocks, interpret=attention.interpret), cache
 
 
