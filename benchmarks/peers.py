@@ -127,8 +127,8 @@ class RestartLoop:
     """The truncated rollout as a loop around `generate` (arXiv 2504.15895).
 
     Each round sends the whole text of every completion that still thinks, in batches of like lengths, up
-    to the next trigger; then, in batches again, the texts with the inducing prompt. Whatever needs no watch
-    any more (answers; completions that may not be probed again) waits for one last round in full batches.
+    to the next trigger; then, in batches again, the texts with the inducing prompt. Answers, which need no
+    watch any more, wait for one last round in full batches.
     """
 
     def __init__(
@@ -173,17 +173,18 @@ class RestartLoop:
                 yield text, stop
 
     def _may_probe(self, text: Text, trigger: int) -> bool:
-        """Looks for repetition; a completion that was probed often enough runs free."""
+        """Looks for repetition; a completion that was probed often enough goes on without probes."""
         spoken = b"".join(self.texts[t] for t in text.tokens[text.chunk_start :])
         words = set(spoken.split(b" "))
         text.repetitions += words == text.words
         text.words = words
         if text.repetitions >= self.machine.max_repetitions:
             self._close(text, "rep")
-        elif text.probes >= self.machine.max_probes:
-            text.tokens.append(trigger)
-            text.reason = "natural"
-        return not text.reason
+            return False
+        if text.probes >= self.machine.max_probes:
+            self._put_back(text, trigger)
+            return False
+        return True
 
     def _probe(self, stopped: list[tuple[Text, int]]) -> None:
         """Asks for a tentative answer; exits, or puts the trigger back."""
@@ -199,8 +200,11 @@ class RestartLoop:
                 elif len(text.tokens) >= m.think_budget - m.budget_margin:
                     self._close(text, "budget")
                 else:
-                    text.tokens.append(trigger)
-                    text.chunk_start = len(text.tokens)
+                    self._put_back(text, trigger)
+
+    def _put_back(self, text: Text, trigger: int) -> None:
+        text.tokens.append(trigger)
+        text.chunk_start = len(text.tokens)
 
     def _close(self, text: Text, reason: str) -> None:
         text.reason = reason

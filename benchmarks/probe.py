@@ -4,8 +4,11 @@
 machine whose triggers never fire, and then truncated rollouts until 10,000 probes are done, once with the
 early abort and once without. The last line is one JSON object:
 
-- `probe_tokens_saved`: share of the tokens of declined probes that the early abort saves;
-- `answer_tokens_saved`: the same, of tentative answers alone; the inducing prompt cannot be saved;
+- `probe_tokens_saved`: share of all that is fed for declined probes that the early abort saves: the inducing
+  prompt, the tentative answer, and the trigger that is put back;
+- `answer_tokens_saved`: the same, of the tentative answers alone, which are all that is decoded: no abort can
+  save the others, for a probe begins with the one and goes on with the other, whatever it finds;
+- `forced_tokens`: those others;
 - `exits_equal`: every completion is the same, token for token, and ends its thinking for the same reason;
 - `machine_overhead`: extra time of the machine over plain sampling of the same tokens, median over pairs, and
   `machine_overhead_cpu`, extra CPU time, which other programs on the machine disturb less.
@@ -24,7 +27,9 @@ from ml_collections import ConfigDict
 from benchmarks.timing import Rates, conditions, interleave, plain
 from benchmarks.workload import Workload, count_tokens, make_engine, tiny_config, tiny_workload
 from step_grpo.mesh import use_all_cores
+from step_grpo.reward.steps import trigger_pattern
 from step_grpo.rollout.engine import Completion, RolloutEngine, build_engine
+from step_grpo.rollout.triggers import token_bytes
 
 KEY = 7
 
@@ -87,15 +92,19 @@ def early_abort(probes: int, samples: int, lanes: int, longest: int) -> dict[str
     kept_tokens = sum(answers) + exits * (inducing - 1)  # its first token is fed in the step of the trigger
     before = sum(c.probe_tokens for c in without) - kept_tokens
     after = sum(c.probe_tokens for c in with_abort) - kept_tokens
-    answer_tokens = before - declined * (inducing - 1)
+    texts = token_bytes(work.described.tokenizer, work.described.config.vocab_size)
+    triggers, think_end = work.config.rollout.triggers, quick.machine.think_end
+    put_back = sum(put_back_tokens(c, texts, triggers, think_end) for c in without)
+    forced = declined * (inducing - 1) + put_back
     return {
         "probe_tokens_saved": (before - after) / max(before, 1),
-        "answer_tokens_saved": (before - after) / max(answer_tokens, 1),
+        "answer_tokens_saved": (before - after) / max(before - forced, 1),
         "exits_equal": same_exits(with_abort, without),
         "probes": count_probes(without),
         "declined": declined,
         "declined_tokens": before,
         "declined_tokens_with_abort": after,
+        "forced_tokens": forced,
     }
 
 
@@ -107,6 +116,38 @@ def run(engine: RolloutEngine, work: Workload, prompts: Sequence[tuple[int, ...]
 def count_probes(completions: Sequence[Completion]) -> int:
     """Finished probes."""
     return sum(len(c.confidences) for c in completions)
+
+
+def put_back_tokens(
+    completion: Completion, texts: Sequence[bytes], triggers: Sequence[str], think_end: int
+) -> int:
+    """Steps in which triggers that probes had held back were fed again.
+
+    Every trigger of the thinking is probed, until no more may be, and what stands in the text was put back:
+    the tokens from its first one on, without the one that showed that it stands.
+
+    Args:
+        completion: of a policy that checks at every trigger.
+        texts: bytes of each token.
+        triggers: words.
+        think_end: token.
+    """
+    thought = completion.tokens.tolist()
+    if completion.forced.any():
+        thought = thought[: int(np.argmax(completion.forced))]
+    elif think_end in thought:
+        thought = thought[: thought.index(think_end) + 1]
+    pieces = pieces_of_triggers([texts[token] for token in thought], triggers)
+    return sum(pieces[: len(completion.confidences)])
+
+
+def pieces_of_triggers(parts: Sequence[bytes], triggers: Sequence[str]) -> list[int]:
+    """Of each trigger that stands in a text, the tokens from its first one to the one that shows it."""
+    holder = [at for at, part in enumerate(parts) for _ in part]
+    words = tuple(word.encode().decode("latin-1") for word in triggers)
+    text = b"".join(parts).decode("latin-1")
+    spans = [match.span() for match in trigger_pattern(words).finditer(text)]
+    return [holder[end] - holder[begin] for begin, end in spans if end < len(text)]
 
 
 def same_exits(one: Sequence[Completion], other: Sequence[Completion]) -> bool:

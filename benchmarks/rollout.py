@@ -180,7 +180,8 @@ def at_equal_lengths(
 ) -> tuple[dict[str, Rates], Ours, int]:
     """Plain sampling of completions that are all `args.tokens` long.
 
-    Twice as many completions as lanes, so that lanes are filled anew once.
+    Twice as many completions as lanes, if the prompts and samples are enough, so that lanes are filled anew
+    once.
 
     Returns:
         The rates, our run, and the batch that was fastest for `generate`.

@@ -172,6 +172,7 @@ def random_strings(
 @pytest.mark.parametrize("triggers", [("Wait",), SEVERAL])
 @pytest.mark.parametrize("name", ["tiny", "qwen3"])
 def test_tables_find_the_triggers_of_100000_strings_where_a_regex_finds_them(name, triggers, request):
+    """25,000 strings for each of two vocabularies and two sets of triggers: 100,000 in sum."""
     texts = TINY_TEXTS if name == "tiny" else request.getfixturevalue("qwen3_texts")
     ids_BT = random_strings(texts, triggers, count=25_000, units=6)
     rows = [standing([texts[i] for i in ids], triggers) for ids in ids_BT.tolist()]
