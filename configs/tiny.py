@@ -9,9 +9,9 @@ from step_grpo.config import base_config, data_config
 
 def get_config():
     config = base_config().unlock()
-    config.steps = 24
+    config.steps = 12
     config.prompts_per_step = 48
-    config.save_every = 12
+    config.save_every = 6
     config.export_dtype = "float32"
 
     config.model.checkpoint = "builtin:tiny"
