@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import fake_hub
 import nbformat
 import pytest
 from jupyter_client.manager import AsyncKernelManager
@@ -20,7 +19,7 @@ from step_grpo.main import main
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SEEN = {
     "how_step_grpo_works": ("the right answer:", "c > δ", "update 2:", "<s style="),
-    "colab_tpu": ("the tiny model", "export:", "accuracy (95 % interval)"),
+    "colab_tpu": ("the tiny model", "export:", "accuracy (95 % interval)", "not pushed"),
 }
 TEXTS = ("printed", "text/html", "text/markdown", "text/plain")
 PICTURES = {"how_step_grpo_works": 7, "colab_tpu": 2}
@@ -77,20 +76,13 @@ def test_notebook_names_no_place_of_one_machine(path):
     "STEP_GRPO_TEST_NOTEBOOKS" not in os.environ, reason="takes a minute or two: STEP_GRPO_TEST_NOTEBOOKS=1"
 )
 @pytest.mark.parametrize(("name", "folder"), [("how_step_grpo_works", "notebooks"), ("colab_tpu", ".")])
-def test_notebook_runs_from_top_to_bottom(name, folder, tmp_path, monkeypatch):
-    """The Hub that the notebook for Colab pushes to is one of this machine."""
+def test_notebook_runs_from_top_to_bottom(name, folder, tmp_path):
     root = Path(__file__).parents[1]
     notebook = load(root / "notebooks" / f"{name}.ipynb")
-    pushes = name == "colab_tpu"
-    own = {"WORKDIR": str(tmp_path), "HUB_NAME": "user/tiny"} if pushes else {}
+    own = {"WORKDIR": str(tmp_path)} if name == "colab_tpu" else {}
     shorten(notebook, SHORT=True, **own)
     before = sorted(os.listdir(root / "notebooks"))
-    with fake_hub.running() as hub:
-        for variable, value in fake_hub.environment(hub).items():
-            monkeypatch.setenv(variable, value)
-        execute(notebook, root / folder)
-    assert hub.commits == pushes
-    assert not pushes or {"README.md", "model.safetensors"} <= hub.models["user/tiny"].keys()
+    execute(notebook, root / folder)
     text = "\n".join(part for kind in TEXTS for part in shown(notebook, kind))
     for part in SEEN[name]:
         assert part in text, part
