@@ -269,7 +269,7 @@ def test_disk_that_is_full_costs_nothing_once_there_is_room(finished_run, tmp_pa
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(RolloutLog, "write", fill)
             cli.run(lambda: train(config, workdir), ["program"])
-        assert ended.value.code == 2
+        assert ended.value.code == 75
         told = capsys.readouterr().err
         assert re.search(r"^step_grpo: error: .*No space left on device; make room", told, re.M), told
         assert not (workdir / "result.json").exists()
