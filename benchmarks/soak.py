@@ -45,7 +45,7 @@ from step_grpo.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("kill", "stop", "disk", "grader", "truncate")
-CODES = {"kill": (-9, 0), "truncate": (-9, 0), "stop": (0,), "disk": (0, 2), "grader": (0,)}
+CODES = {"kill": (-9, 0), "truncate": (-9, 0), "stop": (0,), "disk": (0, 75), "grader": (0,)}
 # Ends of the names of figures that no two runs have in common: clocks, and how lanes were used.
 CLOCKS = ("_seconds", "_per_second", "lane_use")
 FORGED = ['{"question": null, "answer": "3"}', '{"question": 7}', '{"question": "  ", "answer": "1"}']
@@ -195,7 +195,7 @@ def one_life(
     if kind == "stop":
         struck = struck and not (workdir / "result.json").exists()
     elif kind == "disk":
-        struck = code == 2
+        struck = code == 75
     elif kind != "grader":
         struck = code == -signal.SIGKILL
     if kind == "truncate" and struck:

@@ -120,7 +120,7 @@ try:
     (workdir / "export" / "model.safetensors").write_bytes(bytes(100_000))
 except OSError as error:
     print(error)
-    sys.exit(2)
+    sys.exit(75)
 for name in ("before", "after"):
     (workdir / f"completions_{name}.jsonl").write_text(name)
 wrong = broken == "broken" and workdir.name != "peace"
