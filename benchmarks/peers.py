@@ -205,6 +205,8 @@ class RestartLoop:
     def _put_back(self, text: Text, trigger: int) -> None:
         text.tokens.append(trigger)
         text.chunk_start = len(text.tokens)
+        if len(text.tokens) >= self.machine.think_budget:
+            self._close(text, "budget")
 
     def _close(self, text: Text, reason: str) -> None:
         text.reason = reason
