@@ -1,7 +1,8 @@
 """Makes the model of the study: `python -m step_grpo.sft --config=configs/study_sft.py`.
 
 A Qwen3 of one million weights learns three families of generated problems (see step_grpo/data/tasks): chains
-of additions, linear equations and a search, together with the habit of checking itself again and again.
+of additions, linear equations and a search, together with the habit of checking itself again and again: at
+least four times after the last step, and almost never less, so that there is something to unlearn.
 """
 
 from step_grpo.config import sft_config
@@ -10,6 +11,8 @@ from step_grpo.config import sft_config
 def get_config():
     config = sft_config()
     config.tasks = "chains,equations,search"
+    config.habits.least_checks = 4
+    config.habits.impatient = 0.03
     config.steps = 2000
     config.rows = 16
     config.row_length = 320

@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from step_grpo.data.arithmetic import Habits
 from step_grpo.data.tasks import families
 from step_grpo.errors import UserError
 from step_grpo.grpo import advantages
@@ -607,6 +608,10 @@ def sft_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.tasks = "chains"  # families of problems in the corpus (`step_grpo.data.tasks`), comma-separated
+    config.habits = ConfigDict()  # of its author (`step_grpo.data.arithmetic.Habits`)
+    config.habits.least_checks = Habits.least_checks  # after the last step
+    config.habits.check_on = Habits.check_on  # probability of one more check, once these are written
+    config.habits.impatient = Habits.impatient  # probability to stop anywhere, with the right answer
     config.steps = 1000
     config.rows = 16  # packed rows a step
     config.row_length = 320  # tokens a row
@@ -633,6 +638,9 @@ def validate_sft(config: ConfigDict) -> None:
         UserError: naming the field, its value and what would be right.
     """
     families(config.tasks, "config.tasks")
+    least, right = config.habits.least_checks, f"between 0 and {Habits.max_checks}"
+    _require(0 <= least <= Habits.max_checks, "config.habits.least_checks", least, right)
+    _fraction(config.habits, "config.habits", "check_on", "impatient")
     _at_least(0, config, "config", "seed", "weight_decay", "warmup_steps")
     _at_least(1, config, "config", "steps", "rows", "row_length", "log_every")
     _positive(config, "config", "learning_rate", "grad_clip")

@@ -22,6 +22,7 @@ from step_grpo.distributed import is_first
 from step_grpo.errors import TransientError, UserError
 from step_grpo.metrics import read_metrics
 from step_grpo.model import lora
+from step_grpo.model.load import Description, save_description
 from step_grpo.model.qwen import Params
 from step_grpo.model.weights import (
     TOKENIZER_FILES,
@@ -83,6 +84,37 @@ def export_adapter(checkpoint: str | Path, out: str | Path, *, dtype: str | None
         tokenizer_folder=source.folder,
         card=run_card(checkpoint, source.settings),
         dtype=dtype or source.dtype,
+    )
+
+
+def export_model(
+    workdir: Path, described: Description, params: Params, *, card: dict[str, Any], dtype: str
+) -> Path:
+    """What a finished training leaves: `workdir/model`, its description, and `workdir/export`.
+
+    Args:
+        workdir: of the run.
+        described: the checkpoint that was trained.
+        params: its weights now.
+        card: as in `write_hf_folder`.
+        dtype: likewise.
+
+    Returns:
+        The export.
+
+    Raises:
+        UserError: as in `write_hf_folder`.
+    """
+    if is_first():
+        save_description(described, workdir / "model")
+    return write_hf_folder(
+        workdir / "export",
+        params,
+        described.hf_config,
+        described.generation,
+        tokenizer_folder=workdir / "model",
+        card=card,
+        dtype=dtype,
     )
 
 

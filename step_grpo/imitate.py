@@ -24,7 +24,7 @@ from step_grpo import cli, distributed, paths
 from step_grpo.config import validate
 from step_grpo.errors import UserError
 from step_grpo.evaluate import decode_ready, write_completions
-from step_grpo.export import write_hf_folder
+from step_grpo.export import export_model
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.update import adamw, moments_beside
 from step_grpo.main import TRAINING_STREAM, take_prompts, training_engine, training_questions
@@ -32,7 +32,7 @@ from step_grpo.mesh import mesh_of, place_rows, row_shares, share_of
 from step_grpo.metrics import MetricsWriter
 from step_grpo.model import qwen
 from step_grpo.model.attention import choose_attention
-from step_grpo.model.load import Description, load_model, save_description
+from step_grpo.model.load import Description, load_model
 from step_grpo.report import progress_bar
 from step_grpo.reward.grading import Grader
 from step_grpo.scoring import Scored, exchange, score_completions
@@ -186,17 +186,8 @@ def finish(
     described: Description, params: qwen.Params, config: ConfigDict, workdir: Path, result: dict[str, Any]
 ) -> None:
     """Writes the export and, when it is there, `result.json`."""
-    if distributed.is_first():
-        save_description(described, workdir / "model")
-    out = write_hf_folder(
-        workdir / "export",
-        params,
-        described.hf_config,
-        described.generation,
-        tokenizer_folder=workdir / "model",
-        card={"settings": config.to_dict(), "measured": result},
-        dtype=config.export_dtype,
-    )
+    card = {"settings": config.to_dict(), "measured": result}
+    out = export_model(workdir, described, params, card=card, dtype=config.export_dtype)
     if distributed.is_first():
         paths.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
     print(f"export: {out}")

@@ -41,7 +41,7 @@ from step_grpo.evaluate import (
     summarise,
     write_completions,
 )
-from step_grpo.export import remove_debris, write_hf_folder
+from step_grpo.export import export_model, remove_debris
 from step_grpo.grpo.advantages import advantages, mixed_groups
 from step_grpo.grpo.loss import token_weights
 from step_grpo.grpo.packing import Sample, pack, stack
@@ -53,7 +53,7 @@ from step_grpo.mesh import mesh_of, place_rows, row_shares, shardings, share_of
 from step_grpo.metrics import MetricsWriter, read_metrics
 from step_grpo.model import lora, qwen
 from step_grpo.model.attention import choose_attention
-from step_grpo.model.load import Description, load_model, save_description
+from step_grpo.model.load import Description, load_model
 from step_grpo.partial_rollout import PartialRollout, kept_rollout
 from step_grpo.preemption import Notice, StoppedError, Watched
 from step_grpo.report import evaluation_table, live_figures, progress_bar
@@ -225,17 +225,8 @@ def finish(
         StoppedError: it was asked to stop before that.
     """
     evaluations = {name: result[name] for name in ("before", "after")}
-    if distributed.is_first():
-        save_description(described, workdir / "model")
-    exported = write_hf_folder(
-        workdir / "export",
-        params,
-        described.hf_config,
-        described.generation,
-        tokenizer_folder=workdir / "model",
-        card=card_of(config.to_dict(), result, read_metrics(workdir / "metrics.jsonl")),
-        dtype=config.export_dtype,
-    )
+    card = card_of(config.to_dict(), result, read_metrics(workdir / "metrics.jsonl"))
+    exported = export_model(workdir, described, params, card=card, dtype=config.export_dtype)
     notice.stop_if_asked()
     if distributed.is_first():
         write_report(workdir, result)

@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from step_grpo.data.prompts import encode_prompts
 from step_grpo.data.sources import Question
 from step_grpo.data.tasks import Problem, draw, families
 from step_grpo.data.tiny_tokenizer import build_tokenizer
-from step_grpo.export import write_hf_folder
+from step_grpo.export import export_model
 from step_grpo.grpo.logprobs import token_logprobs
 from step_grpo.grpo.packing import PackedBatch, Sample, pack
 from step_grpo.grpo.update import adamw
@@ -29,7 +30,7 @@ from step_grpo.mesh import make_mesh, place_rows
 from step_grpo.metrics import MetricsWriter
 from step_grpo.model import qwen
 from step_grpo.model.attention import XLA, Attention, choose_attention
-from step_grpo.model.load import random_model, save_description
+from step_grpo.model.load import random_model
 from step_grpo.report import progress_bar
 from step_grpo.workdir import locked
 
@@ -63,17 +64,8 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/sft")) -> None:
                     figures = {"loss": float(loss), "seconds": time.monotonic() - started}
                     metrics.write(step + 1, figures)
                     bar.update(step + 1, loss=figures["loss"])
-        if distributed.is_first():
-            save_description(described, workdir / "model")
-        out = write_hf_folder(
-            workdir / "export",
-            params,
-            described.hf_config,
-            described.generation,
-            tokenizer_folder=workdir / "model",
-            card={"settings": config.to_dict(), "measured": {"loss": float(loss)}},
-            dtype=config.export_dtype,
-        )
+        card = {"settings": config.to_dict(), "measured": {"loss": float(loss)}}
+        out = export_model(workdir, described, params, card=card, dtype=config.export_dtype)
         print(f"checkpoint: {out}")
 
 
@@ -138,7 +130,10 @@ def corpus_batches(config: ConfigDict, tokenizer: Any) -> Iterator[PackedBatch]:
         prompts = encode_prompts(
             tokenizer, questions, instruction=config.instruction, max_prompt_tokens=config.row_length
         )
-        thoughts = [f.over_thinking(p, rng) for f, p in zip(in_turn, problems, strict=True)]
+        thoughts = [
+            family.over_thinking(problem, rng, replace(family.habits, **config.habits))
+            for family, problem in zip(in_turn, problems, strict=True)
+        ]
         texts = [thought + tokenizer.eos_token for thought in thoughts]
         completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
         samples = [supervised(p.ids, c) for p, c in zip(prompts.kept, completions, strict=True)]

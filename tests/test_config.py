@@ -1,4 +1,5 @@
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -347,6 +348,9 @@ WRONG_SFT = {
     "row_length": 0,
     "learning_rate": 0.0,
     "warmup_steps": -1,
+    "habits.least_checks": -1,
+    "habits.check_on": 1.1,
+    "habits.impatient": -0.1,
     "b1": 1.0,
     "grad_clip": -1.0,
     "log_every": 0,
@@ -360,8 +364,8 @@ WRONG_SFT = {
 @pytest.mark.parametrize("field", WRONG_SFT)
 def test_wrong_value_of_a_fine_tuning_is_named(field):
     config = sft_config().unlock()
-    config[field] = WRONG_SFT[field]
-    with pytest.raises(UserError, match=rf"config\.{field} is "):
+    config.update_from_flattened_dict({field: WRONG_SFT[field]})
+    with pytest.raises(UserError, match=rf"config\.{re.escape(field)} is "):
         validate_sft(config)
 
 

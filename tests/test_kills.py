@@ -101,7 +101,7 @@ def test_run_killed_in_several_stages_is_the_uninterrupted_one(worker, whole, tm
         {"at": "step_grpo.main.write_completions", "call": 1},
         {"at": "step_grpo.checkpoint.Saver._complete", "call": 2, "delay": 0.01},
         {"at": "step_grpo.main.update_policy", "call": 1, "delay": 0.005},
-        {"at": "step_grpo.main.write_hf_folder", "call": 1, "now": True},
+        {"at": "step_grpo.main.export_model", "call": 1, "now": True},
     ]
     for kill in kills:
         code, printed = worker.run(tmp_path / "run", kill=kill)
@@ -134,7 +134,7 @@ STOPS = {
     "step_grpo.main.evaluate": "stopped; run the same line again: it begins anew",
     "step_grpo.main.update_policy": "it goes on from {}/000001",
     "step_grpo.checkpoint.Saver._complete": "it goes on from {}/000002",
-    "step_grpo.main.write_hf_folder": "it goes on from {}/000003",
+    "step_grpo.main.export_model": "it goes on from {}/000003",
 }
 
 

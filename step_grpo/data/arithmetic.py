@@ -52,6 +52,7 @@ class Habits:
     check_early: float = 0.12  # a check between two steps
     check_on: float = 0.75  # one more check after the last step
     notice: float = 0.4  # a check looks at the step that slipped, if there is one
+    least_checks: int = 0  # after the last step
     max_checks: int = 9
     impatient: float = 0.1  # stops at an arbitrary point, with the right answer
     unmarked: float = 0.08  # closes the thinking without its final-answer line
@@ -88,7 +89,7 @@ def over_thinking(problem: Problem, rng: np.random.Generator, habits: Habits) ->
     thought = _Thought(problem, rng, habits)
     thought.work_out(0)
     checks = 0
-    while checks < habits.max_checks and rng.random() < habits.check_on:
+    while checks < habits.max_checks and (checks < habits.least_checks or rng.random() < habits.check_on):
         thought.check()
         checks += 1
     value: int | None = thought.values[-1]

@@ -632,7 +632,8 @@ def lanes_that_fit(free: Sequence[int | None], lane: int, wanted: int, *, annex:
     if most < 1:
         raise UserError(
             f"a device has {min(known) / 2**30:.2f} GiB free and one lane of the rollout takes "
-            f"{lane / 2**30:.2f} GiB; lower config.rollout.max_response_tokens or use more devices"
+            f"{lane / 2**30:.2f} GiB; lower config.rollout.max_response_tokens, raise config.mesh.tensor (it "
+            "spreads a lane over devices), or use more devices"
         )
     lanes = min(most, wanted, MOST_LANES)
     while known and annex and lanes + annex_lanes(lanes) > most:

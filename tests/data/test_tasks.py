@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,7 +121,20 @@ def corpus(name: str, split: str, count: int = 600) -> list[tuple[str, int, str]
     """Question, answer and thought."""
     rng = np.random.default_rng(5)
     drawn = [draw(FAMILIES[name], split, rng) for _ in range(count)]
-    return [(p.question, p.answer, FAMILIES[name].over_thinking(p, rng)) for p in drawn]
+    family = FAMILIES[name]
+    return [(p.question, p.answer, family.over_thinking(p, rng, family.habits)) for p in drawn]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_author_who_never_stops_early_writes_the_least_number_of_checks(name):
+    family, rng = FAMILIES[name], np.random.default_rng(5)
+    habits = replace(family.habits, least_checks=4, check_on=0.5, impatient=0.0)
+    counts = []
+    for _ in range(300):
+        lines = family.over_thinking(draw(family, "train", rng), rng, habits).split("\n")
+        counts.append(sum(line.startswith("Wait, check: ") for line in lines))
+    assert min(counts) == 4
+    assert np.mean(np.array(counts) <= 6) > 0.5
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from step_grpo.data.arithmetic import Habits, over_thinking
 from step_grpo.data.tasks import chains, equations, search
 from step_grpo.data.tasks.thoughts import OUT_OF_DISTRIBUTION, SPLITS, Problem
 from step_grpo.errors import UserError
@@ -33,19 +34,24 @@ class Family:
 
     Attributes:
         draw: a random problem; of the split `ood` where the flag is set, else of any other.
-        over_thinking: a completion about such a problem, from `<think>` to the last sentence.
+        over_thinking: a completion about such a problem by somebody of these habits, from `<think>` to the
+            last sentence.
+        habits: of the corpus.
         phrases: texts that its questions repeat, for the tokenizer.
     """
 
     draw: Callable[[np.random.Generator, bool], Problem]
-    over_thinking: Callable[[Any, np.random.Generator], str]
+    over_thinking: Callable[[Any, np.random.Generator, Any], str]
+    habits: Habits
     phrases: tuple[str, ...]
 
 
 FAMILIES = {
-    "chains": Family(chains.draw, chains.over_thinking, chains.PHRASES),
-    "equations": Family(equations.draw, equations.over_thinking, equations.PHRASES),
-    "search": Family(search.draw, search.over_thinking, search.PHRASES),
+    "chains": Family(chains.draw, over_thinking, Habits(), chains.PHRASES),
+    "equations": Family(
+        equations.draw, equations.over_thinking, equations.EquationHabits(), equations.PHRASES
+    ),
+    "search": Family(search.draw, search.over_thinking, search.SearchHabits(), search.PHRASES),
 }
 
 

@@ -31,8 +31,3 @@ def draw(rng: np.random.Generator, hard: bool) -> Chain:
     """A chain whose running value stays in 0..99; `hard`: one that is out of distribution."""
     problem = arithmetic.draw_problem(rng, *(HARD_LENGTHS if hard else USUAL_LENGTHS))
     return Chain(problem.first, problem.operations)
-
-
-def over_thinking(problem: Chain, rng: np.random.Generator) -> str:
-    """A completion in the style of `arithmetic.over_thinking`."""
-    return arithmetic.over_thinking(problem, rng, arithmetic.Habits())

@@ -83,11 +83,11 @@ def draw(rng: np.random.Generator, hard: bool) -> Equation:
     return Equation(a, b, c, (a - c) * x + b)
 
 
-def over_thinking(problem: Equation, rng: np.random.Generator) -> str:
+def over_thinking(problem: Equation, rng: np.random.Generator, habits: EquationHabits) -> str:
     """A completion in the style described above, from `<think>` to the last sentence."""
-    thought = Thought(problem, rng, EquationHabits())
+    thought = Thought(problem, rng, habits)
     thought.run()
-    return complete([step.text for step in thought.steps], thought.values[-1], problem, rng, thought.habits)
+    return complete([step.text for step in thought.steps], thought.values[-1], problem, rng, habits)
 
 
 class Thought:
@@ -102,8 +102,8 @@ class Thought:
     def run(self) -> None:
         """Works the equation out and checks it again and again."""
         self.work_out(0)
-        for _ in range(self.habits.max_checks):
-            if self.rng.random() >= self.habits.check_on:
+        for checks in range(self.habits.max_checks):
+            if checks >= self.habits.least_checks and self.rng.random() >= self.habits.check_on:
                 return
             if self.rng.random() < self.habits.substitute:
                 self.put_in()

@@ -75,12 +75,12 @@ def draw(rng: np.random.Generator, hard: bool) -> Search:
             return problem
 
 
-def over_thinking(problem: Search, rng: np.random.Generator) -> str:
+def over_thinking(problem: Search, rng: np.random.Generator, habits: SearchHabits) -> str:
     """A completion in the style described above, from `<think>` to the last sentence."""
-    thought = Thought(problem, rng, SearchHabits())
+    thought = Thought(problem, rng, habits)
     thought.run()
     value = max(thought.hit or thought.nearest())
-    return complete([step.text for step in thought.steps], value, problem, rng, thought.habits)
+    return complete([step.text for step in thought.steps], value, problem, rng, habits)
 
 
 class Thought:
@@ -95,8 +95,9 @@ class Thought:
     def run(self) -> None:
         """Tries the pairs and checks the sums again and again."""
         self.work_out()
-        for _ in range(self.habits.max_checks):
-            if self.hit and self.rng.random() >= self.habits.check_on:
+        for checks in range(self.habits.max_checks):
+            enough = self.hit and checks >= self.habits.least_checks
+            if enough and self.rng.random() >= self.habits.check_on:
                 return
             self.check()
 
