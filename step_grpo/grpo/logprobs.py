@@ -303,7 +303,14 @@ def _tile(h: jax.Array, head: jax.Array, targets: jax.Array, column: jax.Array, 
 
 
 def _product(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
+    """An einsum with rows and positions, `bt`, as one axis (see `step_grpo.model.linear.product`)."""
+    operands, out = axes.split("->")
+    of_tokens = [
+        x.reshape(-1, x.shape[-1]) if names.startswith("bt") else x
+        for names, x in zip(operands.split(","), (left, right), strict=True)
+    ]
+    result = jnp.einsum(axes.replace("bt", "t"), *of_tokens, preferred_element_type=jnp.float32)
+    return result.reshape(*left.shape[:2], -1) if out.startswith("bt") else result
 
 
 def _count(length: int, size: int) -> int:

@@ -23,6 +23,8 @@ from step_grpo.model.tpu_kernels import ragged_decode_attention, write_token_in_
 
 SETTINGS = ("auto", "xla", "pallas", "cudnn")
 SPLASH_BLOCKS = (512, 256, 128)  # positions of queries and of keys handled at a time
+XLA_BLOCKS = 4  # of queries, where there is no kernel
+XLA_LEAST = 128  # positions from which on queries are taken in blocks
 TRITON_BLOCK = 128  # keys that the kernel for GPU handles at a time, at most
 TRITON_SPLITS = 16  # parts of a cache that it handles side by side, at most
 
@@ -177,11 +179,20 @@ def _same_segment(segments_BT: jax.Array) -> jax.Array:
 
 
 def _full_xla(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT):
+    """A few blocks of queries, each with the keys up to its own end: three in eight scores are never made."""
     T = q_BTNH.shape[1]
     mask_BTS = jnp.tril(jnp.ones((T, T), bool))[None]
     if segments_BT is not None:
         mask_BTS &= _same_segment(segments_BT)
-    return attend(q_BTNH, LayerCache(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)), mask_BTS)
+    kv = LayerCache(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+    size = -(-T // XLA_BLOCKS) if T >= XLA_LEAST else T
+
+    def block(start):
+        end = min(start + size, T)
+        seen = jax.tree.map(lambda x: x[:, :, :end], kv)
+        return attend(q_BTNH[:, start:end], seen, mask_BTS[:, start:end, :end])
+
+    return jnp.concatenate([block(start) for start in range(0, T, size)], axis=1)
 
 
 def _full_cudnn(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT):

@@ -40,28 +40,34 @@ Weight: TypeAlias = Plain | Adapted
 def product(axes: str, x: jax.Array, weight: Weight) -> jax.Array:
     """The einsum of activations and one layer's weight, in the type of both.
 
+    Rows and positions are one axis of the product. With two, the gradient of a weight is a sum over both, for
+    which XLA on a CPU first turns its operands over, at several times the cost of the product.
+
     Args:
-        axes: such as `BTD,DNH->BTNH`; letters of the weight that `x` has are its inputs.
+        axes: such as `BTD,DNH->BTNH`; letters of the weight that `x` has are its inputs, and its last ones.
         x: activations.
         weight: of one layer.
     """
+    operands, _ = axes.split("->")
+    left, letters = operands.split(",")
+    inputs = "".join(letter for letter in letters if letter in left)
+    kept = len(left) - len(inputs)
+    tokens = x.reshape(-1, *x.shape[kept:])
+    out = _of_tokens(inputs, letters.removeprefix(inputs), tokens, weight)
+    return out.reshape(*x.shape[:kept], *out.shape[1:])
+
+
+def _of_tokens(inputs: str, outputs: str, x: jax.Array, weight: Weight) -> jax.Array:
+    """The product for activations `[tokens, *inputs]`."""
+    axes = f"t{inputs},{inputs}{outputs}->t{outputs}"
     if isinstance(weight, Adapted):
-        return product(axes, x, weight.base) + _beside(axes, x, weight)
+        low = jnp.einsum(f"t{inputs},{inputs}r->tr", x, weight.a)  # down to the rank, and up again
+        beside = jnp.einsum(f"tr,r{outputs}->t{outputs}", low * weight.scale, weight.b)
+        return _of_tokens(inputs, outputs, x, weight.base) + beside
     if isinstance(weight, Rounded):
         # The backward pass makes the dense layer anew; kept for it, there would be one of every layer.
         return jax.checkpoint(lambda x, rounded: jnp.einsum(axes, x, restore(rounded, x.dtype)))(x, weight)
     return jnp.einsum(axes, x, weight)
-
-
-def _beside(axes: str, x: jax.Array, weight: Adapted) -> jax.Array:
-    """The adapter's share of a product: down to the rank, and up again."""
-    operands, out = axes.split("->")
-    left, letters = operands.split(",")
-    inputs = "".join(letter for letter in letters if letter in left)
-    outputs = letters.removeprefix(inputs)
-    kept = "".join(letter for letter in left if letter not in inputs)
-    low = jnp.einsum(f"{left},{inputs}r->{kept}r", x, weight.a)
-    return jnp.einsum(f"{kept}r,r{outputs}->{out}", low * weight.scale, weight.b)
 
 
 def dense(weight: Weight) -> jax.Array:
