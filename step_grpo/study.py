@@ -11,6 +11,7 @@ after every row.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/study"), only: str = 
     print(f"{len(rows)} rows, {len(everything)} commands, {len(left)} to run: about {clock.told(left)}")
     failed: list[str] = []
     for row, stages in plan.items():
-        failed += run_row(stages, left, clock)
+        failed += run_row(stages, left, workdir, clock)
         if all(stage.finished for stage in stages):
             write_results(config, workdir, [name for name in plan if is_finished(plan[name])])
             print(f"{row} is finished; the table so far: {workdir / 'results.md'}", flush=True)
@@ -200,7 +201,7 @@ def check_unchanged(stages: Sequence[Stage]) -> None:
             )
 
 
-def run_row(stages: Sequence[Stage], left: list[Stage], clock: "Clock") -> list[str]:
+def run_row(stages: Sequence[Stage], left: list[Stage], workdir: Path, clock: "Clock") -> list[str]:
     """Runs what is not finished of a row, and takes it out of `left`; what failed, a line each.
 
     What follows a command that failed for the same seed is not run.
@@ -211,30 +212,36 @@ def run_row(stages: Sequence[Stage], left: list[Stage], clock: "Clock") -> list[
             continue
         if stage.seed not in failed:
             print(f"{stage.title} (about {clock.told([stage])}; in all {clock.told(left)} left)", flush=True)
-            if problem := run_stage(stage, clock):
+            if problem := run_stage(stage, workdir, clock):
                 print(problem, flush=True)
                 failed[stage.seed] = problem
         left.remove(stage)
     return list(failed.values())
 
 
-def run_stage(stage: Stage, clock: "Clock") -> str:
+def run_stage(stage: Stage, workdir: Path, clock: "Clock") -> str:
     """Runs one command; what went wrong, or nothing."""
     stage.folder.mkdir(parents=True, exist_ok=True)
     (stage.folder / "command.json").write_text(json.dumps(stage.command) + "\n", encoding="utf-8")
     log = stage.folder / "log.txt"
     began = time.monotonic()
-    code = run_python(stage.command, log)
+    code = run_python(stage.command, log, workdir / "compiled")
     if code or not stage.finished:
         return f"{stage.title} ended with {code}; see {log}, or run: python {shlex.join(stage.command)}"
     clock.note(stage, time.monotonic() - began)
     return ""
 
 
-def run_python(command: Sequence[str], log: Path) -> int:
-    """Runs `python` with these arguments, what it says behind what is in `log`; its exit status."""
+def run_python(command: Sequence[str], log: Path, compiled: Path) -> int:
+    """Runs `python` with these arguments, what it says behind what is in `log`; its exit status.
+
+    What it compiles is kept in `compiled` for the commands after it, unless the environment says where.
+    """
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with log.open("a", encoding="utf-8") as said:
-        return subprocess.run([sys.executable, *command], stdout=said, stderr=said, check=False).returncode
+        return subprocess.run(
+            [sys.executable, *command], stdout=said, stderr=said, env={**kept, **os.environ}, check=False
+        ).returncode
 
 
 # ---------------------------------------------------------------------- how long it takes

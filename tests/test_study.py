@@ -35,8 +35,8 @@ class Commands:
         self.run_so_far: list[list[str]] = []
         self.failing = ""
 
-    def __call__(self, command, log):
-        del log
+    def __call__(self, command, log, compiled):
+        del log, compiled
         flags = dict(part.removeprefix("--").split("=", 1) for part in command if part.startswith("--"))
         self.run_so_far.append(command)
         if self.failing and self.failing in flags["workdir"]:
@@ -151,6 +151,15 @@ def test_study_runs_every_command_once_and_only_what_is_missing(tmp_path, comman
     assert "1 to run" in capsys.readouterr().out
     for name in ("results.json", "results.md", "results.tex", "pareto.png", "calibration.png"):
         assert (tmp_path / name).stat().st_size > 100
+
+
+def test_commands_share_what_they_compile_unless_the_environment_says_where(tmp_path, monkeypatch):
+    shown = ("-c", "import os; print(os.environ['JAX_COMPILATION_CACHE_DIR'])")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    assert study.run_python(shown, tmp_path / "log.txt", tmp_path / "compiled") == 0
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    assert study.run_python(shown, tmp_path / "log.txt", tmp_path / "compiled") == 0
+    assert (tmp_path / "log.txt").read_text() == f"elsewhere\n{tmp_path / 'compiled'}\n"
 
 
 def test_failed_command_stops_its_seed_alone_and_is_told(tmp_path, commands, capsys):
