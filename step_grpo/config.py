@@ -316,6 +316,7 @@ def _local_gsm8k() -> dict[str, str]:
             "subset": "",
             "prompt_column": "problem",
             "answer_column": "answer",
+            "answer_pattern": "",
         }
     return {
         "name": "openai/gsm8k",

@@ -1,4 +1,5 @@
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict
 import step_grpo
 from step_grpo.cli import leaf_fields, load_config
 from step_grpo.config import base_config, sft_config, validate, validate_sft
+from step_grpo.data.sources import load_questions
 from step_grpo.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +104,18 @@ def test_runlocal_is_valid_small_and_of_the_same_family(path, data, monkeypatch)
     for field in ("exit", "delta", "strict", "triggers", "inducing_prompt"):
         assert small.rollout[field] == full.rollout[field]
     assert small.reward == full.reward
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_runlocal_reads_the_questions_of_the_folder(path, tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("gsm8k", "math"):
+        row = {"problem": f"A question of {name}?", "answer": "3"}
+        (tmp_path / "benchmarks" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("STEP_GRPO_TEST_DATA", str(tmp_path))
+    small = load_config(f"{path}:runlocal")
+    for data in (small.data, small.eval.data):
+        assert [question.answer for question in load_questions(data)] == ["3"]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
