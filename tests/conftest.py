@@ -15,7 +15,7 @@ from hypothesis import settings
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="step_grpo_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-# Tests wait for compilers: without LLVM's optimisations, which change no meaning, a third less.
+# Tests wait for compilers: without LLVM's optimisations, which change no meaning, up to a third less.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
