@@ -122,7 +122,10 @@ def corpus_tokenizer(config: ConfigDict) -> Any:
 def corpus_batches(config: ConfigDict, tokenizer: Any) -> Iterator[PackedBatch]:
     """Packed batches of the corpus without end, never the same problem twice but by chance."""
     rng = np.random.default_rng(config.seed)
-    chosen = families(config.tasks, "config.tasks")
+    chosen = [
+        replace(family, habits=replace(family.habits, **config.habits))
+        for family in families(config.tasks, "config.tasks")
+    ]
     in_turn = [chosen[i % len(chosen)] for i in range(CORPUS_BLOCK)]
     while True:
         problems: list[Problem] = [draw(family, "train", rng) for family in in_turn]
@@ -130,10 +133,7 @@ def corpus_batches(config: ConfigDict, tokenizer: Any) -> Iterator[PackedBatch]:
         prompts = encode_prompts(
             tokenizer, questions, instruction=config.instruction, max_prompt_tokens=config.row_length
         )
-        thoughts = [
-            family.over_thinking(problem, rng, replace(family.habits, **config.habits))
-            for family, problem in zip(in_turn, problems, strict=True)
-        ]
+        thoughts = [f.over_thinking(p, rng, f.habits) for f, p in zip(in_turn, problems, strict=True)]
         texts = [thought + tokenizer.eos_token for thought in thoughts]
         completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
         samples = [supervised(p.ids, c) for p, c in zip(prompts.kept, completions, strict=True)]

@@ -67,12 +67,6 @@ class ShortRun:
         return read_records(self.workdir / f"completions_{name}.jsonl")
 
 
-def with_devices(count: int) -> dict[str, str]:
-    """The environment of a process that has so many devices and compiles as this one does."""
-    others = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
-    return {"XLA_FLAGS": " ".join([*others, f"--xla_force_host_platform_device_count={count}"])}
-
-
 def short_config(*changes: dict[str, Any]) -> ConfigDict:
     """configs/tiny.py with `SMALL`, then each of `changes`, over it."""
     config = cli.load_config(str(ROOT / "configs" / "tiny.py")).unlock()

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from short_run import ROOT, ShortRun, read_records, short_config, train, with_devices
+from short_run import ROOT, ShortRun, read_records, short_config, train
 from test_mesh import CFG, gradient
 
 from step_grpo import checkpoint, distributed
@@ -62,7 +62,7 @@ def processes(*arguments: str, **environment: str) -> list[tuple[int, str]]:
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                    **with_devices(4),
+                    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
                     distributed.COORDINATOR: f"127.0.0.1:{port}",
                     distributed.PROCESSES: "2",
                     distributed.PROCESS: str(process),

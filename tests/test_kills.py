@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from kill_worker import POINTS, TINY
 from safetensors.numpy import load_file
-from short_run import ROOT, ShortRun, short_config, with_devices
+from short_run import ROOT, ShortRun, short_config
 
 from step_grpo import checkpoint
 
@@ -30,7 +30,8 @@ class Worker:
 
     def __init__(self, compiled: Path):
         found = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        flags = with_devices(1) | {  # every run compiles the same programs
+        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+        flags |= {  # every run compiles the same programs
             "JAX_COMPILATION_CACHE_DIR": str(compiled),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

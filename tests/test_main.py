@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from short_run import ONE_STEP, command, read_records, short_config, train, with_devices
+from short_run import ONE_STEP, command, read_records, short_config, train
 from test_checkpoint import file_system
 from transformers import AutoModelForCausalLM
 
@@ -126,8 +126,9 @@ def test_export_is_the_trained_model_and_transformers_loads_it(finished_run):
 
 
 def test_export_command_on_a_machine_with_one_device_gives_the_same_folder(finished_run, tmp_path):
+    one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     out = tmp_path / "out"
-    done = command("export", f"--checkpoint={finished_run.workdir}", f"--out={out}", **with_devices(1))
+    done = command("export", f"--checkpoint={finished_run.workdir}", f"--out={out}", **one_device)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}\n", "")
     for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
         assert (out / name).read_bytes() == (finished_run.workdir / "export" / name).read_bytes()

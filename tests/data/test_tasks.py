@@ -137,6 +137,15 @@ def test_author_who_never_stops_early_writes_the_least_number_of_checks(name):
     assert np.mean(np.array(counts) <= 6) > 0.5
 
 
+def test_corpus_is_of_an_author_with_the_habits_of_the_config():
+    config = cli.load_config(str(ROOT / "configs" / "tiny_sft.py")).unlock()
+    config.habits.update({"least_checks": 6, "impatient": 0.0})
+    tokenizer = corpus_tokenizer(config)
+    tokens = next(corpus_batches(config, tokenizer)).tokens
+    opened, checks = (np.sum(tokens == tokenizer.convert_tokens_to_ids(t)) for t in ("<think>", "Wait"))
+    assert opened > 10 and checks >= 6 * opened
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_thought_ends_with_one_answer_mostly_the_right_one(name):
     right, marked = [], []
