@@ -25,7 +25,7 @@ from step_grpo.errors import UserError
 from step_grpo.reward.boxes import last_box, without_outer_braces
 from step_grpo.reward.choices import TEXT_GRADING, exact_key
 from step_grpo.reward.grading_process import GradingProcess, Pair, Verdict, WorkerDied
-from step_grpo.reward.numbers import INTEGER, plain_characters, plain_number
+from step_grpo.reward.numbers import INTEGER, plain_characters, plain_number, value_of_answer
 
 MAX_CHARACTERS = 1000
 MAX_DEPTH = 32
@@ -36,6 +36,15 @@ AIME and OlympiadBench has 204 characters."""
 _FAILED_STARTS = 3
 _SIZE = re.compile(r"\\(?:left|right)(?=[()\[\]])")
 _DISPLAY_FRACTION = re.compile(r"\\[dt]frac(?![a-zA-Z])")
+_DISPLAY_STYLE = re.compile(r"\A\\displaystyle(?![a-zA-Z])[ \t\r\n]*+\$?")
+# Blanks that change nothing. Others are between two letters or digits, where they may end a command; behind a
+# backslash, whose they are; and where `1, 234` would become a number of four digits.
+_BLANKS = re.compile(
+    r"(?<![a-zA-Z0-9\\,])[ \t\r\n]+"
+    r"|(?<!\\)[ \t\r\n]+(?![a-zA-Z0-9 \t\r\n])"
+    r"|(?<=,)[ \t\r\n]+(?![0-9]{3})"
+)
+_WORDS = re.compile(r"\\text\{ *+[a-zA-Z][a-zA-Z ]*+\}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 # What says that the answer is not what follows. math-verify leaves it out: `\neq 5` is 5 to it.
 _DENIAL = re.compile(
@@ -79,9 +88,10 @@ def exact_verdict(box: str, answer: str) -> bool | None:
 
     Blanks and dollar signs around either side do not count. A plain integer may carry a sign, leading zeros
     and commas between thousands; its digits are compared as text, so its length does not matter. Other plain
-    numbers are decimals and fractions of a few digits. math-verify rounds decimals, so those that are close
-    and not equal are left to it. Wrong, where math-verify would overlook it, are boxes that begin with a
-    relation such as `\neq` or `<` when the answer does not, and equations between integers that differ.
+    numbers are decimals and fractions of a few digits; in a box, also as `x = 5` or `5 \text{ km}`.
+    math-verify rounds decimals, so those that are close and not equal are left to it. Words are no number.
+    Wrong, where math-verify would overlook it, are boxes that begin with a relation such as `\neq` or `<`
+    when the answer does not, and equations between integers that differ.
     """
     box, answer = box.strip(" \t\r\n$"), answer.strip(" \t\r\n$")
     if not box:
@@ -91,19 +101,27 @@ def exact_verdict(box: str, answer: str) -> bool | None:
     left, right = INTEGER.fullmatch(box), INTEGER.fullmatch(answer)
     if left and right:
         return _canonical(left) == _canonical(right)
-    numbers = plain_number(box), plain_number(answer)
-    if numbers[0] is not None and numbers[1] is not None:
-        distance = abs(numbers[0] - numbers[1])
-        if distance == 0 or distance > _CLOSE:
-            return distance == 0
+    if (number := plain_number(answer)) is not None and (said := _equals_number(box, number)) is not None:
+        return said
     if _denies(box, answer) or _is_false_equation(box):
         return False
     return None if _readable(box) and _readable(answer) else False
 
 
+def _equals_number(box: str, number: Fraction) -> bool | None:
+    """Whether a box is a plain number of this value; None if it may be another expression for it."""
+    if (guess := value_of_answer(_DISPLAY_STYLE.sub("", box))) is not None:
+        distance = abs(guess - number)
+        return distance == 0 if distance == 0 or distance > _CLOSE else None
+    return False if _WORDS.fullmatch(box) else None
+
+
 def spelled_alike(text: str) -> str:
-    """A text without what LaTeX only shows differently: display fractions, growing brackets."""
-    return _SIZE.sub("", _DISPLAY_FRACTION.sub(r"\\frac", text)) if len(text) <= MAX_CHARACTERS else text
+    """A text without what LaTeX only shows differently: display style, growing brackets, blanks."""
+    if len(text) > MAX_CHARACTERS:
+        return text
+    text = _DISPLAY_FRACTION.sub(r"\\frac", _DISPLAY_STYLE.sub("", text))
+    return _BLANKS.sub("", _SIZE.sub("", text))
 
 
 def answer_key(box: str, kind: str) -> str:

@@ -15,6 +15,11 @@ _FRACTION = re.compile(
     r"|\\[dt]?frac\{(-?[0-9]++)\}([0-9])"
     r"|([0-9]++) ?/ ?([0-9]++))"
 )
+_MOST_CHARACTERS = 80  # of a plain number with its name and unit
+_NAMED = re.compile(r"[a-zA-Z][ \t\r\n]*+=[ \t\r\n]*+(?P<rest>[^,]++)")
+_WITH_UNIT = re.compile(r"(?P<number>[^ \t\r\n]++)[ \t\r\n]*+\\text\{ *+(?P<unit>[a-zA-Z]++) *+\}")
+# What math-verify takes for a percent sign, or for a comma between two answers.
+_NO_UNITS = ("percent", "percentage", "pct", "and", "or")
 
 _MINUS_SIGNS = "\u2212\ufe63\uff0d"
 _NO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff"
@@ -51,3 +56,18 @@ def plain_number(text: str) -> Fraction | None:
         return None
     over, under = [int(part) for part in found.groups()[1:] if part]
     return Fraction(found["sign"] + "1") * over / under if under else None
+
+
+def value_of_answer(text: str) -> Fraction | None:
+    r"""The value of a plain number, of one with a name as in `x = 5`, or with a unit as in `5 \text{ km}`.
+
+    None for anything else. A unit is one word in letters, and changes nothing: math-verify overlooks it too.
+    """
+    if len(text) > _MOST_CHARACTERS:
+        return None
+    if named := _NAMED.fullmatch(text):
+        text = named["rest"]
+    counted = _WITH_UNIT.fullmatch(text)
+    if counted and counted["unit"].lower() not in _NO_UNITS:
+        text = counted["number"]
+    return plain_number(text)

@@ -98,7 +98,7 @@ def test_every_reference_answer_is_equal_to_itself(grader: Grader, reference_ans
     sample = random.Random(0).sample(hard, 60)
     assert all(math_verify_says(answer, answer) for answer in sample)
     # Not only because the strings are identical.
-    grades = grader.grade_many([box(f"\\displaystyle {answer}") for answer in sample], sample)
+    grades = grader.grade_many([box(f"\\! {answer}") for answer in sample], sample)
     assert grades == [Grade(True, True)] * len(sample)
 
 
@@ -147,6 +147,69 @@ numbers = st.one_of(decimals, fractions, st.integers(-9999, 9999).map(str))
 def test_fast_path_equals_slow_path_on_decimals_and_fractions(guess: str, answer: str) -> None:
     fast = exact_verdict(guess, answer)
     assert fast is None or fast is math_verify_says(answer, guess)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def test_fast_path_equals_slow_path_whatever_letter_names_the_number() -> None:
+    assert all(exact_verdict(f"{letter} = 5", "5") is True for letter in LETTERS)
+    assert all(math_verify_says("5", f"{letter} = 5") for letter in LETTERS)
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(["{}", "x={}", "N = {}", "\\displaystyle {}", "\\displaystyle ${}$", "$r= {}$"]),
+    numbers,
+    st.sampled_from(["", " \\text{km}", "\\text{ units}", " \\text{million}", "\\text{ e}", "\\text{x}"]),
+    numbers,
+)
+@example("x={}", "1,000", "", "1000")
+@example("x = {}", "1/3", "", "0.333333")
+@example("{}", "5", " \\text{ percent}", "5")
+@example("{}", "5", " \\text{ and }", "5")
+@example("{}", "5", " \\text{or so}", "5")
+@example("{}", "5", " \\text{km}^2", "5")
+@example("y = {}", "5", " \\text{ km}", "5")
+@example("y = x = {}", "5", "", "5")
+def test_fast_path_equals_slow_path_on_numbers_with_a_name_or_a_unit(
+    name: str, number: str, unit: str, answer: str
+) -> None:
+    for guess in {name.format(number + unit), name.format(answer + unit)}:
+        fast = exact_verdict(guess, answer)
+        assert fast is None or fast is math_verify_says(answer, guess)
+
+
+@given(numbers)
+def test_words_are_no_number(answer: str) -> None:
+    for words in ("no answer", " five ", "percent", "e", "pi", "True", "and"):
+        assert exact_verdict(f"\\text{{{words}}}", answer) is False
+        assert not math_verify_says(answer, f"\\text{{{words}}}")
+
+
+@pytest.mark.parametrize(
+    ("guess", "answer", "verdict"),
+    [
+        ("( 3 ,4 )", "(3, 4)", True),
+        ("\\displaystyle  1+2 \\sqrt{3}", "1 + 2\\sqrt{3}", True),
+        ("\\frac{1}{4} \\pi , \\frac{3}{4} \\pi", "\\frac{1}{4}\\pi,\\frac{3}{4}\\pi", True),
+        ("1, 234", "1,234", None),
+        ("(1, 234)", "(1,234)", None),
+        ("2 \\pi x", "2 \\pix", None),
+        ("1 2", "12", None),
+        ("a\\ +b", "a\\+b", None),
+        ("x = 5", "5", True),
+        ("x = 6 \\text{ km}", "5", False),
+        ("x = 1,000", "1000", None),
+        ("5 \\text{ percent}", "5", None),
+    ],
+)
+def test_what_differs_in_nothing_but_its_dress_is_known_at_once(
+    guess: str, answer: str, verdict: bool | None
+) -> None:
+    assert exact_verdict(guess, answer) is verdict
+    if verdict is not None:
+        assert math_verify_says(answer, guess) is verdict
 
 
 @settings(max_examples=40)
@@ -341,9 +404,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_answer_that_kills_two_workers_is_given_up_and_costs_no_other(stand_in: None) -> None:
-    pairs = [(f"x+{a}{b}", f"x+{a}{b} ") for a in range(4) for b in (0, 9, 1)]
+    pairs = [(f"x+{a}{b}y", f"{a}{b}y+x") for a in range(4) for b in (0, 9, 1)]
     with Grader(workers=1, deadline=30) as grader:
-        grades = grader.grade_many([box(f"{guess} y") for guess, _ in pairs], [f"{a} y" for _, a in pairs])
+        grades = grader.grade_many([box(guess) for guess, _ in pairs], [answer for _, answer in pairs])
         killers = ["9" in guess for guess, _ in pairs]
         assert [grade.error for grade in grades] == [
             "worker died (exit status -6)" if killer else None for killer in killers
