@@ -89,17 +89,16 @@ def soak(folder: Path, seconds: float, steps: int, rng: random.Random) -> dict[s
     """The whole of it, in a folder of its own."""
     data = folder / "questions.jsonl"
     write_questions(data)
-    began = time.monotonic()
-    peaceful = folder / "peace"
-    if (code := start(peaceful, data, steps).wait(PEACE)) != 0:
-        raise RuntimeError(f"the run in peace ended with {code}: {(folder / 'peace.log').read_text()}")
-    typical, wanted = time.monotonic() - began, outcome(peaceful)
+    wanted = outcome(in_peace(folder / "peace", data, steps))
     steady = start(folder / "steady", data, 10**6, "save_every=5")
     faults: Counter[str] = Counter()
     lost, finished, number = [], 0, 0
     memory: list[tuple[float, int, int]] = []
-    began = time.monotonic()
     try:
+        began = time.monotonic()
+        in_peace(folder / "again", data, steps)  # with its programs compiled, as in the lives below
+        typical = time.monotonic() - began
+        began = time.monotonic()
         while time.monotonic() - began < seconds:
             workdir = folder / f"run{number}"
             kind = rng.choice(KINDS)
@@ -136,6 +135,14 @@ def soak(folder: Path, seconds: float, steps: int, rng: random.Random) -> dict[s
         "by_kind": dict(faults) | {"bad rows": len(FORGED)},
         "minutes": seconds / 60,
     }
+
+
+def in_peace(workdir: Path, data: Path, steps: int) -> Path:
+    """A run that nothing is done to; its workdir."""
+    if (code := start(workdir, data, steps).wait(PEACE)) != 0:
+        log = workdir.with_suffix(".log").read_text()
+        raise RuntimeError(f"the run in peace ended with {code}: {log}")
+    return workdir
 
 
 def write_questions(path: Path) -> None:
