@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
 
 from step_grpo.model.linear import Adapted, Weight
 from step_grpo.model.qwen import Params, QwenConfig, abstract_params, logical_axes
 from step_grpo.model.rounding import round_off
-from step_grpo.model.weights import DTYPES, RULES, Rule, write_json
+from step_grpo.model.weights import DTYPES, RULES, Rule, save_tensors, write_json
 
 ADAPTER_STREAM = 2  # folded into the seed; training and evaluation are 0 and 1
 TARGETS: dict[str, Rule] = {
@@ -136,7 +135,7 @@ def save_adapter(adapter: Params, settings: ConfigDict, base: str, folder: Path,
     tensors = {
         name: np.ascontiguousarray(tensor.astype(DTYPES[dtype])) for name, tensor in _peft_tensors(adapter)
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "adapter_model.safetensors")
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -265,7 +266,7 @@ def save_params(
     for file, shard in zip(names, shards, strict=True):
         arrays = {name: _to_file(params, *tensors[name], sizes, dtype) for name in shard}
         partial = folder / f".{file}.partial"
-        save_file(arrays, partial, metadata={"format": "pt"})
+        save_tensors(arrays, partial)
         partial.replace(folder / file)
     if len(shards) == 1:
         (folder / INDEX).unlink(missing_ok=True)
@@ -425,6 +426,21 @@ def _check_tensors(files: dict[str, Path], cfg: QwenConfig) -> str:
                         f"{path}: tensor {name!r} has shape {shape}; config.json asks for {shapes[name]}"
                     )
     return STORED[stored[RULES[0].hf]]
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: of the system, with its number: safetensors tells it in words alone.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
 
 
 def _open(path: Path) -> Any:

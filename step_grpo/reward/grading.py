@@ -37,10 +37,12 @@ _FAILED_STARTS = 3
 _SIZE = re.compile(r"\\(?:left|right)(?=[()\[\]])")
 _DISPLAY_FRACTION = re.compile(r"\\[dt]frac(?![a-zA-Z])")
 _DISPLAY_STYLE = re.compile(r"\A\\displaystyle(?![a-zA-Z])[ \t\r\n]*+\$?")
-# Blanks that change nothing. Others are between two letters or digits, where they may end a command; behind a
-# backslash, whose they are; and where `1, 234` would become a number of four digits.
+# Blanks that change nothing, and commands with those behind them, where math-verify does not always overlook
+# them. Others are between two letters or digits; behind a backslash, whose they are; and where `1, 234` would
+# become a number of four digits.
 _BLANKS = re.compile(
-    r"(?<![a-zA-Z0-9\\,])[ \t\r\n]+"
+    r"(?P<command>\\[a-zA-Z]+[ \t\r\n]*)"
+    r"|(?<![a-zA-Z0-9\\,])[ \t\r\n]+"
     r"|(?<!\\)[ \t\r\n]+(?![a-zA-Z0-9 \t\r\n])"
     r"|(?<=,)[ \t\r\n]+(?![0-9]{3})"
 )
@@ -121,7 +123,7 @@ def spelled_alike(text: str) -> str:
     if len(text) > MAX_CHARACTERS:
         return text
     text = _DISPLAY_FRACTION.sub(r"\\frac", _DISPLAY_STYLE.sub("", text))
-    return _BLANKS.sub("", _SIZE.sub("", text))
+    return _BLANKS.sub(lambda found: found["command"] or "", _SIZE.sub("", text))
 
 
 def answer_key(box: str, kind: str) -> str:

@@ -10,11 +10,12 @@ import pytest
 import torch
 import yaml
 from hf_models import DTYPES, FAMILIES, one_line, our_logits, random_tokens, transformers_logits
+from test_checkpoint import no_file_above
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from step_grpo import cli
 from step_grpo import export as export_module
-from step_grpo.errors import UserError
+from step_grpo.errors import TransientError, UserError
 from step_grpo.export import MANIFEST, escape, export, main, model_card, write_hf_folder
 from step_grpo.model.weights import load_checkpoint, load_params
 
@@ -275,6 +276,17 @@ def test_failure_leaves_the_previous_export_and_no_debris(folder, tmp_path, monk
 
     monkeypatch.setattr(export_module, "model_card", fail)
     assert "No space left" in refusal(export, folder, out)
+    assert contents(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+@pytest.mark.parametrize("limit", [100, 20_000])
+def test_disk_that_is_full_is_one_line_and_leaves_the_previous_export(folder, tmp_path, limit):
+    """Room for no file, and for all but the weights."""
+    out = export(folder, tmp_path / "out")
+    before = contents(out)
+    with no_file_above(limit), pytest.raises(TransientError, match=r"out: cannot be written .File too large"):
+        export(folder, out)
     assert contents(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 

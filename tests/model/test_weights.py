@@ -1,5 +1,6 @@
 """Hugging Face folders: what is read, what is written, what is refused."""
 
+import errno
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from test_checkpoint import no_file_above
 from transformers import AutoModelForCausalLM
 
 from step_grpo.errors import UserError
@@ -349,6 +351,16 @@ def test_interrupted_save_keeps_the_old_file(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_params(load_params(source), source.hf_config, folder)
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_tensors_that_cannot_be_written_are_an_error_of_the_system_with_its_number(tmp_path):
+    tensors = {"x": np.zeros(100_000, np.float32)}
+    with no_file_above(1000), pytest.raises(OSError, match=r"x\.safetensors") as caught:
+        weights.save_tensors(tensors, tmp_path / "x.safetensors")
+    assert caught.value.errno == errno.EFBIG
+    with pytest.raises(OSError, match="No such file") as caught:
+        weights.save_tensors(tensors, tmp_path / "no" / "x.safetensors")
+    assert caught.value.errno == errno.ENOENT
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("float16", 1e5), ("bfloat16", np.nan), ("float32", np.inf)])
