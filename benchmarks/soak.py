@@ -146,8 +146,9 @@ def in_peace(workdir: Path, data: Path, steps: int) -> Path:
 
 
 def write_questions(path: Path) -> None:
-    """Good rows, with bad ones among them."""
-    rows = [json.dumps({"question": q, "answer": a}) for q, a in problems("train", 40, seed=9)]
+    """Good rows, with bad ones among them; every other answer is one that a grading worker has to read."""
+    answers = [(q, f"{a}+0" if i % 2 else a) for i, (q, a) in enumerate(problems("train", 40, seed=9))]
+    rows = [json.dumps({"question": q, "answer": a}) for q, a in answers]
     for place, row in enumerate(FORGED):
         rows.insert(7 * place, row)
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")

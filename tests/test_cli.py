@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,34 @@ if __name__ == "__main__":
     cli.run(main)
 '''
 
+THREADS = '''"""Eight threads at once hold memory; how many heaps there are then."""
+import ctypes, threading
+import step_grpo.main
+from step_grpo import cli
+
+
+def main() -> None:
+    libc, together = ctypes.CDLL(None), threading.Barrier(8)
+    libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+
+    def hold():
+        libc.malloc(100_000)
+        together.wait()
+
+    threads = [threading.Thread(target=hold) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    file = ctypes.c_void_p(libc.fopen(b"heaps.xml", b"w"))
+    libc.malloc_info(0, file)
+    libc.fclose(file)
+
+
+if __name__ == "__main__":
+    cli.run(main)
+'''
+
 CONFIG = """from ml_collections import ConfigDict
 from step_grpo.errors import UserError
 
@@ -53,6 +82,7 @@ def get_config(arg=""):
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("program")
     (folder / "entry.py").write_text(ENTRY)
+    (folder / "threads.py").write_text(THREADS)
     (folder / "tiny.py").write_text(CONFIG)
     (folder / "syntax.py").write_text("def get_config():\n    return (\n")
     (folder / "imports.py").write_text("\nimport no_such_package\n")
@@ -284,3 +314,15 @@ def test_switch_takes_no_value_and_overrides_are_not_lost_without_a_config():
     with pytest.raises(UserError, match=r"--config\.steps=1 needs --config too"):
         cli.parse(main, ["p", "--checkpoint=c", "--config.steps=1"])
     assert "--truncated (default: False)" in cli.usage(main)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives threads heaps of their own")
+def test_threads_share_a_heap_unless_the_environment_says_otherwise(folder, monkeypatch):
+    heaps = {}
+    for most in ("", "8"):
+        monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+        if most:
+            monkeypatch.setenv("MALLOC_ARENA_MAX", most)
+        assert run(folder, program="threads.py").returncode == 0
+        heaps[most] = (folder / "heaps.xml").read_text().count("<heap nr=")
+    assert heaps[""] <= 2 < heaps["8"]  # an import may have started a thread
