@@ -102,8 +102,11 @@ def soak(folder: Path, seconds: float, steps: int, rng: random.Random) -> dict[s
         while time.monotonic() - began < seconds:
             workdir = folder / f"run{number}"
             kind = rng.choice(KINDS)
+            fresh, began_life = not workdir.exists(), time.monotonic()
             code, struck = one_life(start(workdir, data, steps), kind, rng.uniform(0, typical), workdir, rng)
             faults[kind] += struck
+            if fresh and code == 0 and not struck:  # a whole life
+                typical = min(typical, time.monotonic() - began_life)
             if code not in CODES[kind]:
                 lost.append(f"{kind} ended with {code}: {workdir.with_suffix('.log').read_text()[-2000:]}")
             if (workdir / "result.json").exists() and code == 0:
