@@ -5,6 +5,7 @@ import re
 # One alternative per token that matters. An escaped character (`\{`, `\}`, `\\`) neither opens nor closes.
 # The possessive `\s*+` never gives back what it took, so a run of blanks is read once.
 _TOKEN = re.compile(r"(?P<box>\\boxed\s*+\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+_BOX = re.compile(r"\\boxed\s*+\{")
 
 
 def last_box(text: str) -> str | None:
@@ -22,6 +23,29 @@ def last_box(text: str) -> str | None:
     Returns:
         What stands between the braces, blanks included.
     """
+    start = text.rfind("\\boxed")
+    if start < 0:
+        return None
+    content = _closed_at(text, start)
+    return _last_closed(text) if content is None else content
+
+
+def _closed_at(text: str, start: int) -> str | None:
+    """The content of the box that begins here; None where none does, or it is not closed."""
+    box = _BOX.match(text, start)
+    before = text[:start]
+    if box is None or (len(before) - len(before.rstrip("\\"))) % 2:  # no brace, or the backslash is escaped
+        return None
+    depth = 1
+    for token in _TOKEN.finditer(text, box.end()):
+        depth += {"open": 1, "box": 1, "close": -1}.get(token.lastgroup or "", 0)
+        if depth == 0:
+            return text[box.end() : token.start()]
+    return None
+
+
+def _last_closed(text: str) -> str | None:
+    """The same in one pass over all of a text, however many boxes are open at once."""
     openings: list[int | None] = []  # where the content of each open box starts; None for an ordinary brace
     last: tuple[int, int] | None = None
     for token in _TOKEN.finditer(text):
