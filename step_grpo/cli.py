@@ -69,9 +69,9 @@ def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
 def share_heap() -> None:
     """Lets all threads of this process allocate from one heap, where the C library is glibc.
 
-    By itself it gives threads heaps of their own, and what is freed in one serves no other: the threads that
-    write a checkpoint made a long run grow by tens of kilobytes a step. It heeds this only before threads
-    run, so before JAX has devices. `MALLOC_ARENA_MAX` says otherwise.
+    By itself it gives threads heaps of their own, and what is freed in one serves no other: a long run grew
+    by tens of kilobytes a step (`benchmarks/soak.py` measures it). It heeds this only before threads run, so
+    before JAX has devices. `MALLOC_ARENA_MAX` says otherwise.
     """
     if "MALLOC_ARENA_MAX" not in os.environ and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(ARENA_MAX, 1)

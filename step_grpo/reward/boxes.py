@@ -5,7 +5,6 @@ import re
 # One alternative per token that matters. An escaped character (`\{`, `\}`, `\\`) neither opens nor closes.
 # The possessive `\s*+` never gives back what it took, so a run of blanks is read once.
 _TOKEN = re.compile(r"(?P<box>\\boxed\s*+\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
-_BOX = re.compile(r"\\boxed\s*+\{")
 
 
 def last_box(text: str) -> str | None:
@@ -32,9 +31,9 @@ def last_box(text: str) -> str | None:
 
 def _closed_at(text: str, start: int) -> str | None:
     """The content of the box that begins here; None where none does, or it is not closed."""
-    box = _BOX.match(text, start)
-    before = text[:start]
-    if box is None or (len(before) - len(before.rstrip("\\"))) % 2:  # no brace, or the backslash is escaped
+    box, before = _TOKEN.match(text, start), text[:start]
+    is_escaped = (len(before) - len(before.rstrip("\\"))) % 2
+    if box is None or box.lastgroup != "box" or is_escaped:
         return None
     depth = 1
     for token in _TOKEN.finditer(text, box.end()):
@@ -45,7 +44,7 @@ def _closed_at(text: str, start: int) -> str | None:
 
 
 def _last_closed(text: str) -> str | None:
-    """The same in one pass over all of a text, however many boxes are open at once."""
+    """What `last_box` returns, in one pass over all of the text, however many boxes are open at once."""
     openings: list[int | None] = []  # where the content of each open box starts; None for an ordinary brace
     last: tuple[int, int] | None = None
     for token in _TOKEN.finditer(text):
