@@ -18,7 +18,8 @@ JSON object:
   before its time because it was asked to, or failed for want of room;
 - `lost`: workdirs that ended otherwise than in peace, and runs that ended in a way they must not;
 - `finished`: workdirs that were compared;
-- `memory_growth`: resident memory of the long run at the end against a sixth of the time, a share;
+- `memory_growth`: resident memory of the long run (in MB at the end of each line above) at the end against
+  a sixth of the time, a share;
 - `files_growth`: the same for its open files, a number.
 """
 
@@ -123,7 +124,8 @@ def soak(folder: Path, seconds: float, steps: int, rng: random.Random) -> dict[s
                 break
             memory.append((time.monotonic() - began, *held_by(steady.pid)))
             print(
-                f"{time.monotonic() - began:.0f} s: {sum(faults.values())} faults, {finished} finished",
+                f"{time.monotonic() - began:.0f} s: {sum(faults.values())} faults, {finished} finished, "
+                f"{memory[-1][1] / 1e6:.0f} MB",
                 flush=True,
             )
     finally:

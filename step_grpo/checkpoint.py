@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.experimental import v1 as ocp
 
 import step_grpo
-from step_grpo import checksums, paths
+from step_grpo import checksums, heap, paths
 from step_grpo.data.prompts import load_tokenizer
 from step_grpo.distributed import anywhere, is_first
 from step_grpo.errors import FunctionError, TransientError, UserError
@@ -186,6 +186,7 @@ class Saver:
                 remove_old(self._workdir, progress.step, self._config)
         except Exception as error:  # told by `finish`, in the thread that may raise
             self._failure = error
+        heap.trim()  # of the copies, and of what the steps since the last checkpoint have left
 
     def _run(self, progress: Progress, files: dict[str, int], sums: dict[str, int]) -> dict[str, Any]:
         """The contents of `run.json`."""

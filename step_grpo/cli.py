@@ -14,7 +14,6 @@ A mistake of the user is one line on stderr and exit code 2; so is what goes wro
 be well later (a full disk, no network), with exit code 75. Anything else keeps its traceback.
 """
 
-import ctypes
 import difflib
 import errno
 import importlib.util
@@ -31,11 +30,10 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from step_grpo import paths
+from step_grpo import heap, paths
 from step_grpo.errors import TransientError, UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a full or read-only disk
-ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
 REFUSALS = (401, 403, 404)  # of a bucket: there is none of that name, or it is not ours to write to
 SHIPPED = Path(__file__).parent  # a wheel brings `configs/` along, beside this file
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
@@ -48,7 +46,7 @@ def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
     each told in one line on stderr. One of several processes exits with 1 where anything else goes wrong
     (`distributed.fail`), and never waits for those that wait for it (`distributed.leave`).
     """
-    share_heap()
+    heap.share()
     argv = sys.argv if argv is None else argv
     if {"--help", "-h", "-help"} & set(argv[1:]):
         print(usage(main))
@@ -64,17 +62,6 @@ def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
 
         distributed.fail(error)
         raise
-
-
-def share_heap() -> None:
-    """Lets all threads of this process allocate from one heap, where the C library is glibc.
-
-    By itself it gives threads heaps of their own, and what is freed in one serves no other: a long run grew
-    by tens of kilobytes a step (`benchmarks/soak.py` measures it). It heeds this only before threads run, so
-    before JAX has devices. `MALLOC_ARENA_MAX` says otherwise.
-    """
-    if "MALLOC_ARENA_MAX" not in os.environ and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(ARENA_MAX, 1)
 
 
 def _told(error: Exception) -> UserError | None:
