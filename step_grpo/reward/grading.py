@@ -90,7 +90,7 @@ def exact_verdict(box: str, answer: str) -> bool | None:
 
     Blanks and dollar signs around either side do not count. A plain integer may carry a sign, leading zeros
     and commas between thousands; its digits are compared as text, so its length does not matter. Other plain
-    numbers are decimals and fractions of a few digits; in a box, also as `x = 5` or `5 \text{ km}`.
+    numbers are decimals and fractions of a few digits; in a box, also as `x = 5`, `5 \text{ km}` or `2 + 3`.
     math-verify rounds decimals, so those that are close and not equal are left to it. Words are no number.
     Wrong, where math-verify would overlook it, are boxes that begin with a relation such as `\neq` or `<`
     when the answer does not, and equations between integers that differ.

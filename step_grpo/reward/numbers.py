@@ -15,6 +15,10 @@ _FRACTION = re.compile(
     r"|\\[dt]?frac\{(-?[0-9]++)\}([0-9])"
     r"|([0-9]++) ?/ ?([0-9]++))"
 )
+_TERM = r"(?:[0-9]++|\\[dt]?frac\{[0-9]++\}\{[0-9]++\})"
+_SUM = re.compile(rf"-?{_TERM}(?:[ \t\r\n]*+[+-][ \t\r\n]*+{_TERM})++")
+_TERMS = re.compile(rf"(?P<sign>[+-]?)[ \t\r\n]*+(?P<term>{_TERM})")
+_MOST_DIGITS = 12  # of a plain number
 _MOST_CHARACTERS = 80  # of a plain number with its name and unit
 _NAMED = re.compile(r"[a-zA-Z][ \t\r\n]*+=[ \t\r\n]*+(?P<rest>[^,]++)")
 _WITH_UNIT = re.compile(r"(?P<number>[^ \t\r\n]++)[ \t\r\n]*+\\text\{ *+(?P<unit>[a-zA-Z]++) *+\}")
@@ -46,7 +50,7 @@ def plain_number(text: str) -> Fraction | None:
 
     Within twelve digits the floats that math-verify makes of decimals are as good as exact.
     """
-    if len(text) > 40 or sum(character.isdecimal() for character in text) > 12:
+    if len(text) > 40 or sum(character.isdecimal() for character in text) > _MOST_DIGITS:
         return None
     if found := INTEGER.fullmatch(text):
         return Fraction(found[0].replace(",", ""))
@@ -59,15 +63,27 @@ def plain_number(text: str) -> Fraction | None:
 
 
 def value_of_answer(text: str) -> Fraction | None:
-    r"""The value of a plain number, of one with a name as in `x = 5`, or with a unit as in `5 \text{ km}`.
+    r"""The value of a plain number, of a sum as in `3 - \frac{1}{2}`, or of `x = 5` or `5 \text{ km}`.
 
     None for anything else. A unit is one word in letters, and changes nothing: math-verify overlooks it too.
+    Terms of a sum are integers and fractions, of at most twelve digits together.
     """
     if len(text) > _MOST_CHARACTERS:
         return None
     if named := _NAMED.fullmatch(text):
         text = named["rest"]
+    if _SUM.fullmatch(text):
+        return _value_of_sum(text)
     counted = _WITH_UNIT.fullmatch(text)
     if counted and counted["unit"].lower() not in _NO_UNITS:
         text = counted["number"]
     return plain_number(text)
+
+
+def _value_of_sum(text: str) -> Fraction | None:
+    """The value of what `_SUM` matches; None where it is long, or divides by zero."""
+    if sum(character.isdecimal() for character in text) > _MOST_DIGITS:
+        return None
+    terms = [(found["sign"], plain_number(found["term"])) for found in _TERMS.finditer(text)]
+    values = [-value if sign == "-" else value for sign, value in terms if value is not None]
+    return sum(values, Fraction()) if len(values) == len(terms) else None

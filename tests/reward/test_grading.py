@@ -20,7 +20,7 @@ from benchmarks.grading import answer_pairs
 from step_grpo.errors import UserError
 from step_grpo.reward import grading_process
 from step_grpo.reward.grading import MAX_CHARACTERS, MAX_DEPTH, Grade, Grader, exact_verdict, grade
-from step_grpo.reward.numbers import plain_number
+from step_grpo.reward.numbers import plain_number, value_of_answer
 
 ENDLESS = r"\boxed{9^{9^{9^{9}}}}"
 """A box that math-verify would evaluate for ever."""
@@ -176,6 +176,35 @@ def test_fast_path_equals_slow_path_on_numbers_with_a_name_or_a_unit(
     for guess in {name.format(number + unit), name.format(answer + unit)}:
         fast = exact_verdict(guess, answer)
         assert fast is None or fast is math_verify_says(answer, guess)
+
+
+terms = st.one_of(
+    st.integers(0, 3000).map(str),
+    st.tuples(st.sampled_from(["\\frac", "\\dfrac"]), st.integers(0, 99), st.integers(1, 9)).map(
+        lambda t: f"{t[0]}{{{t[1]}}}{{{t[2]}}}"
+    ),
+)
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(["", "-", "x = "]),
+    st.lists(terms, min_size=2, max_size=4),
+    st.lists(st.sampled_from(["+", " + ", "-", " - ", "- "]), min_size=3, max_size=3),
+    st.integers(0, 1),
+)
+@example("", ["5", "\\frac{1}{0}"], ["+"], 0)
+@example("", ["10", "12"], ["-"], 1)
+@example("", ["123456789012", "1"], ["+"], 0)
+def test_fast_path_equals_slow_path_on_sums(name: str, parts: list[str], signs: list[str], off: int) -> None:
+    guess = name + parts[0] + "".join(sign + part for sign, part in zip(signs, parts[1:], strict=False))
+    value = value_of_answer(guess)
+    if value is None:
+        assert "{0}" in guess or sum(map(str.isdecimal, guess)) > 12
+        return
+    answer = str(value + off)
+    fast = exact_verdict(guess, answer)
+    assert fast is (off == 0) is math_verify_says(answer, guess)
 
 
 @given(numbers)
