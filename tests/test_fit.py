@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib.util
+import json
 import math
 import subprocess
+import time
 from pathlib import Path
 
 import jax
@@ -448,6 +450,48 @@ def test_table_takes_the_smallest_slice_that_fits_and_compiles_nothing_twice(tmp
     assert table.search(cell, again, sizes_of) == found and len(calls) == count
     page = table.render({cell: found, table.Cell("Qwen/Qwen3-8B", "v5e"): None})
     assert "v5p:2x2x1 (fsdp 4, tensor 1)" in page and "none of its slices" in page
+
+
+def test_table_has_every_cell_in_its_place_and_every_result_in_a_line_of_its_own(tmp_path, monkeypatch):
+    """Cells are looked for side by side, and the later ones are found first."""
+    measured = []
+
+    def slow_then_quick(task):
+        time.sleep(0.2 if task.topology == "v5e" else 0.0)
+        measured.append(task)
+        return Result(peak=1.0)
+
+    def search(cell, known, sizes_of):
+        known(Task(table.config_for(cell, 1, "float32"), cell.chip, "apply"))
+        return table.Found(f"{cell.chip}:1x1", (1, 1, 1), "float32", 1, "apply", GIB)
+
+    monkeypatch.setattr(table, "require_libtpu", lambda: None)
+    monkeypatch.setattr(table, "measure", slow_then_quick)
+    monkeypatch.setattr(table, "search", search)
+    monkeypatch.setattr(table, "chip_of", lambda topology: CHIPS["v5e"])
+    table.main(str(tmp_path / "fit.md"), str(tmp_path / "fit.jsonl"), only="Qwen3-8B")
+    rows = [line for line in (tmp_path / "fit.md").read_text().splitlines() if line.startswith("| Qwen3-8B")]
+    assert len(rows) == len(table.MODES)
+    for row in rows:
+        texts = row.split(" | ")[1:]
+        assert [text.partition(":")[0] for text in texts] == list(CHIPS)
+    lines = [json.loads(line)["task"] for line in (tmp_path / "fit.jsonl").read_text().splitlines()]
+    assert sorted(lines) == sorted(map(table.name_of, measured)) and len(lines) == 2 * len(CHIPS)
+
+
+def test_table_begins_no_further_cell_behind_one_that_fails(tmp_path, monkeypatch):
+    begun = []
+
+    def search(cell, known, sizes_of):
+        begun.append(cell)
+        time.sleep(0.05)
+        raise UserError("no compiler")
+
+    monkeypatch.setattr(table, "require_libtpu", lambda: None)
+    monkeypatch.setattr(table, "search", search)
+    with pytest.raises(UserError, match="no compiler"):
+        table.main(str(tmp_path / "fit.md"), str(tmp_path / "fit.jsonl"))
+    assert len(begun) <= 2 * check.SIDE_BY_SIDE
 
 
 # ---------------------------------------------------------------------- with the compiler

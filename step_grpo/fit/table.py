@@ -10,7 +10,9 @@ where it was; remove the file after a change of the model or the update.
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from step_grpo import cli
 from step_grpo.config import base_config
 from step_grpo.errors import UserError
 from step_grpo.fit.architectures import PUBLISHED
-from step_grpo.fit.check import Measure, Plan, Verdict, compile_all
+from step_grpo.fit.check import SIDE_BY_SIDE, Measure, Plan, Verdict, compile_all
 from step_grpo.fit.chips import CHIPS, GIB, chip_count, chip_of
 from step_grpo.fit.compile import Result, Task, decoded, measure, measure_many_sizes, require_libtpu
 from step_grpo.fit.programs import Sizes, chosen_lanes
@@ -76,11 +78,14 @@ def main(out: str = "docs/fit.md", cache: str = "docs/fit.jsonl", only: str = ""
     if not models:
         raise UserError(f"--only={only}: no such model; there are {', '.join(MODELS)}")
     known = Remembered(Path(cache), measure)
+    cells = [Cell(model, chip, mode) for mode in MODES for model in models for chip in CHIPS]
     found: dict[Cell, Found | None] = {}
-    for cell in (Cell(model, chip, mode) for mode in MODES for model in models for chip in CHIPS):
-        found[cell] = search(cell, known, measure_many_sizes)
-        print(f"{cell.model} on {cell.chip}, {cell.mode}: {text_of(found[cell])}", flush=True)
-        Path(out).write_text(render(found), encoding="utf-8")
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        answers = pool.map(lambda cell: search(cell, known, measure_many_sizes), cells)
+        for cell, answer in zip(cells, answers, strict=True):
+            found[cell] = answer
+            print(f"{cell.model} on {cell.chip}, {cell.mode}: {text_of(answer)}", flush=True)
+            Path(out).write_text(render(found), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------- the search
@@ -181,13 +186,14 @@ def search(cell: Cell, measured: Measure, sizes_of: Many) -> Found | None:
 
 
 class Remembered:
-    """A measure whose results are kept in a file of JSON lines."""
+    """A measure whose results are kept in a file of JSON lines; it may be called from several threads."""
 
     def __init__(self, path: Path, measure: Measure):
         self.path, self.measure = path, measure
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         records = [json.loads(line) for line in lines]
         self.known: dict[str, dict[str, Any]] = {record["task"]: record["result"] for record in records}
+        self._writing = threading.Lock()
 
     def __call__(self, task: Task) -> Result:
         """The result of a task, compiled if it is new."""
@@ -198,7 +204,7 @@ class Remembered:
                 return result
             self.known[key] = result._asdict()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            with self._writing, self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"task": key, "result": self.known[key]}) + "\n")
         return decoded(self.known[key])
 
