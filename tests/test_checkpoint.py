@@ -84,6 +84,15 @@ def test_what_is_given_away_behind_a_save_is_saved_as_it_was(described, tmp_path
     assert_is(5, restore(tmp_path, state_of(0), described, CONFIG))
 
 
+def test_every_save_gives_the_free_pages_of_the_heap_back(described, tmp_path, monkeypatch):
+    trims: list[None] = []
+    monkeypatch.setattr(checkpoint.heap, "trim", lambda: trims.append(None))
+    with Saver(tmp_path, described, CONFIG) as saver:
+        saver.save(Progress(1, 1), state_of(1))
+        saver.save(Progress(2, 2), state_of(2))
+    assert len(trims) == 2
+
+
 def test_run_file_lists_every_other_file_with_its_size(saved):
     folder = saved / "checkpoints" / "000002"
     run = json.loads((folder / "run.json").read_text())

@@ -50,7 +50,7 @@ def plain_number(text: str) -> Fraction | None:
 
     Within twelve digits the floats that math-verify makes of decimals are as good as exact.
     """
-    if len(text) > 40 or sum(character.isdecimal() for character in text) > _MOST_DIGITS:
+    if len(text) > 40 or _has_many_digits(text):
         return None
     if found := INTEGER.fullmatch(text):
         return Fraction(found[0].replace(",", ""))
@@ -82,8 +82,12 @@ def value_of_answer(text: str) -> Fraction | None:
 
 def _value_of_sum(text: str) -> Fraction | None:
     """The value of what `_SUM` matches; None where it is long, or divides by zero."""
-    if sum(character.isdecimal() for character in text) > _MOST_DIGITS:
+    if _has_many_digits(text):
         return None
     terms = [(found["sign"], plain_number(found["term"])) for found in _TERMS.finditer(text)]
     values = [-value if sign == "-" else value for sign, value in terms if value is not None]
     return sum(values, Fraction()) if len(values) == len(terms) else None
+
+
+def _has_many_digits(text: str) -> bool:
+    return sum(character.isdecimal() for character in text) > _MOST_DIGITS
