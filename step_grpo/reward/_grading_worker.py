@@ -37,6 +37,7 @@ def load_judge() -> Judge:
     """Imports math-verify and returns `judge(answer, guess)`: is the guess equal to the reference answer?"""
     logging.disable(logging.CRITICAL)  # it warns, once, that its own time limits are off: they are ours
     library: Any = importlib.import_module("math_verify")
+    parse_in_two_stages()
 
     @functools.lru_cache(maxsize=_REMEMBERED)
     def parse(text: str) -> Any:
@@ -49,6 +50,40 @@ def load_judge() -> Judge:
     gc.collect()
     gc.freeze()  # the libraries stay for good: looking through them again and again would cost a tenth
     return judge
+
+
+def parse_in_two_stages() -> None:
+    """Makes math-verify's LaTeX parser predict without its context first, for the rest of this process.
+
+    Its grammar is ambiguous, and most of the time goes into ANTLR's predictions with full context (LL), which
+    are never cached. Those without (SLL) are. By ANTLR's documentation of prediction modes they lead to the
+    tree that LL would have found, or to a syntax error; then a fresh parser tries again with LL. A version of
+    the parser that is built differently is left as it is.
+    """
+    try:
+        parsers: Any = importlib.import_module("latex2sympy2_extended.latex2sympy2")._Latex2Sympy
+        modes: Any = importlib.import_module("antlr4.atn.PredictionMode").PredictionMode
+        with_context = parsers.create_parser
+    except (ImportError, AttributeError):
+        return
+
+    def create_parser(converter: Any, text: str) -> Any:
+        parser = with_context(converter, text)
+        parser._interp.predictionMode = modes.SLL
+        tree = parser.math
+
+        def math() -> Any:
+            try:
+                return tree()
+            except (MemoryError, RecursionError):
+                raise
+            except Exception:  # what the parser's listeners raise at a syntax error
+                return with_context(converter, text).math()
+
+        parser.math = math
+        return parser
+
+    parsers.create_parser = create_parser
 
 
 def confine(memory_mib: int) -> None:
