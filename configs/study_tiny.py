@@ -66,13 +66,16 @@ EXTENDED = {
 
 def short_study():
     """A minute or two, to see how it goes: what it says of the methods is nothing."""
-    few = ("eval.data.count=64", "eval.questions=64")
+    few = ("eval.data.count=32", "eval.questions=32")
     return study_config(
-        {name: ROWS[name] for name in ("vanilla", "deer_sft", "step_grpo")},
+        {name: ROWS[name] for name in ("vanilla", "deer", "step_grpo")},
         seeds=(0,),
-        train=("steps=1", "prompts_per_step=24", "eval.data.split=validation", *few),
+        train=(
+            *("steps=1", "prompts_per_step=8", "grpo.prompts_per_update=8"),
+            *("eval.data.split=validation", *few),
+        ),
         evaluate=("eval.samples=2", *few),
-        seconds={"train": 40.0, "imitate": 30.0, "evaluate": 20.0},
+        seconds={"train": 40.0, "evaluate": 15.0, "probe": 20.0},
     )
 
 
