@@ -1,6 +1,8 @@
 """The parser of a grading process finds what math-verify's own finds, with less work."""
 
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,14 +22,14 @@ WRONG = [r"\frac{1}{", "1 +", "} x", r"x \unknown{y}", "§", "5 § 6", r"\text{t
 
 
 @pytest.fixture
-def parsers() -> Iterator[tuple[Callable[[str], str], Callable[[str], str]]]:
+def parsers() -> tuple[Callable[[str], str], Callable[[str], str]]:
     """math-verify's parser and the worker's, each from a text to its tree or error."""
     original = latex2sympy2._Latex2Sympy.create_parser
     worker.parse_in_two_stages()
     changed = latex2sympy2._Latex2Sympy.create_parser
     latex2sympy2._Latex2Sympy.create_parser = original
     assert changed is not original
-    yield tree_of(original), tree_of(changed)
+    return tree_of(original), tree_of(changed)
 
 
 def tree_of(create_parser: Callable[[Any, str], Any]) -> Callable[[str], str]:
@@ -88,3 +90,18 @@ def test_a_full_memory_is_no_reason_to_parse_again(parsers: Any, monkeypatch: py
     monkeypatch.setattr(ParserATNSimulator, "adaptivePredict", out_of_memory)
     assert parsers[1]("1+1") == "MemoryError: "
     assert len(started) == 1
+
+
+JUDGE = r"""
+from antlr4.atn.ParserATNSimulator import ParserATNSimulator
+from step_grpo.reward import _grading_worker
+
+judge = _grading_worker.load_judge()
+del ParserATNSimulator.execATNWithFullContext
+print(judge(r"2 - \sqrt{3}", r"-\sqrt{3} + 2"))
+"""
+
+
+def test_judge_of_a_worker_parses_without_full_context() -> None:
+    run = subprocess.run([sys.executable, "-c", JUDGE], capture_output=True, text=True, check=True)
+    assert run.stdout == "True\n"
