@@ -70,6 +70,10 @@ SMALL = {
     "data.bad_rows": "drop",
     "reward.grading_workers": 1,
 }
+# Steps between the checkpoints of the long run, half a minute or so. TensorStore (0.1.75 to 0.1.86)
+# never frees what its `to_json` gives, some 0.5 kB an array and save: saving every two seconds,
+# that alone came to 5 % in 30 minutes.
+LONG_SAVE_EVERY = 50
 PEACE = 600.0  # seconds that a run in peace may take at the most
 
 
@@ -91,7 +95,7 @@ def soak(folder: Path, seconds: float, steps: int, rng: random.Random) -> dict[s
     data = folder / "questions.jsonl"
     write_questions(data)
     wanted = outcome(in_peace(folder / "peace", data, steps))
-    steady = start(folder / "steady", data, 10**6, "save_every=5")
+    steady = start(folder / "steady", data, 10**6, f"save_every={LONG_SAVE_EVERY}")
     faults: Counter[str] = Counter()
     lost, finished, number = [], 0, 0
     memory: list[tuple[float, int, int]] = []
