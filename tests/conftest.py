@@ -1,4 +1,4 @@
-"""Eight fake devices where sharding is tested; programs compiled once a session; one short run for all.
+"""Eight fake devices where sharding is tested; programs compiled quickly and once; one short run for all.
 
 Whole folders are tested by a process a core, if pytest-xdist is there; `-n 0` asks for a single one.
 """
@@ -10,12 +10,14 @@ import tempfile
 from pathlib import Path
 
 from hypothesis import settings
+from quick_xla import quick_flags
 
 # The processes of a session inherit this environment: what one compiled the others read.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="step_grpo_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {quick_flags()}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from quick_xla import devices_flag
 from safetensors.numpy import load_file
 from short_run import ROOT, ShortRun, read_records, short_config, train
 from test_mesh import CFG, gradient
@@ -62,7 +63,7 @@ def processes(*arguments: str, **environment: str) -> list[tuple[int, str]]:
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+                    "XLA_FLAGS": devices_flag(4),
                     distributed.COORDINATOR: f"127.0.0.1:{port}",
                     distributed.PROCESSES: "2",
                     distributed.PROCESS: str(process),

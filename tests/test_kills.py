@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kill_worker import POINTS, TINY
+from quick_xla import devices_flag
 from safetensors.numpy import load_file
 from short_run import ROOT, ShortRun, short_config
 
@@ -30,7 +31,7 @@ class Worker:
 
     def __init__(self, compiled: Path):
         found = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+        flags = {"XLA_FLAGS": devices_flag(1)}
         flags |= {  # every run compiles the same programs
             "JAX_COMPILATION_CACHE_DIR": str(compiled),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from quick_xla import devices_flag
 from short_run import ONE_STEP, command, read_records, short_config, train
 from test_checkpoint import file_system
 from transformers import AutoModelForCausalLM
@@ -126,7 +127,7 @@ def test_export_is_the_trained_model_and_transformers_loads_it(finished_run):
 
 
 def test_export_command_on_a_machine_with_one_device_gives_the_same_folder(finished_run, tmp_path):
-    one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    one_device = {"XLA_FLAGS": devices_flag(1)}
     out = tmp_path / "out"
     done = command("export", f"--checkpoint={finished_run.workdir}", f"--out={out}", **one_device)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}\n", "")

@@ -72,10 +72,12 @@ def test_kernels_make_the_completions_that_xla_makes(dtype):
     expected, found = run(dtype=dtype), run(dtype=dtype, attention=PALLAS)
     assert {c.reason for c in expected} & {"early_exit", "budget", "rep"}, "the machine must have had work"
     assert sum(c.probe_tokens for c in expected) > 0
+    # In int8 a value halfway between two integers is rounded to either, as the last bits before it fall.
+    tolerance = 1e-3 if dtype == "int8" else 1e-4
     for e, f in zip(expected, found, strict=True):
         np.testing.assert_array_equal(f.tokens, e.tokens)
-        np.testing.assert_allclose(f.logprobs, e.logprobs, atol=1e-4)
-        np.testing.assert_allclose(f.confidences, e.confidences, atol=1e-4)
+        np.testing.assert_allclose(f.logprobs, e.logprobs, atol=tolerance)
+        np.testing.assert_allclose(f.confidences, e.confidences, atol=tolerance)
         assert f.reason == e.reason
 
 
