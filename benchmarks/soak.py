@@ -70,9 +70,8 @@ SMALL = {
     "data.bad_rows": "drop",
     "reward.grading_workers": 1,
 }
-# Steps between the checkpoints of the long run, half a minute or so. TensorStore (0.1.75 to 0.1.86)
-# never frees what its `to_json` gives, some 0.5 kB an array and save: saving every two seconds,
-# that alone came to 5 % in 30 minutes.
+# Steps between the checkpoints of the long run: one in twenty seconds. TensorStore (0.1.75 to 0.1.86) never
+# frees what its `to_json` gives, some 0.5 kB an array and save: with one in two seconds that came to 5 %.
 LONG_SAVE_EVERY = 50
 PEACE = 600.0  # seconds that a run in peace may take at the most
 
