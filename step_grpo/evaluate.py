@@ -233,7 +233,12 @@ def decode_ready(params: qwen.Params, cfg: qwen.QwenConfig, dtype: str, mesh: Me
         mesh: from `make_mesh`; the result lies on `share_of` it.
     """
     where = decode_shardings(params, cfg, dtype, mesh)
-    ready = jax.jit(qwen.decode_params, static_argnums=1, out_shardings=where)(params, dtype)
+    layers = where.pop("layers")
+    beside = {name: weight for name, weight in params.items() if name != "layers"}
+    ready = jax.jit(qwen.decode_rest, static_argnums=1, out_shardings=where)(beside, dtype)
+    cut = jax.jit(qwen.decode_layer, static_argnums=2, out_shardings=layers[0])
+    count = range(qwen.layer_count(params))
+    ready["layers"] = tuple(cut(params["layers"], np.int32(layer), dtype) for layer in count)
     mine = share_of(mesh, jax.process_index())
     return jax.tree.map(lambda weight: seen_from(mine, weight), ready)
 

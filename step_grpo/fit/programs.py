@@ -44,7 +44,7 @@ UPDATE = ("log-probs", "accumulate", "apply")
 
 STAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "weights": ("moments", "reference", "tables"),
+        "weights": ("embeddings", "moments", "reference", "decode weights", "tables"),
         "prefill": ("base", "params", "moments", "reference", "tables", "cache"),
         "insert": ("base", "params", "moments", "reference", "decode weights", "tables"),
         "segment": ("base", "params", "moments", "reference", "prompts"),
@@ -224,8 +224,8 @@ class Run:
     def _rollout(self, program: str) -> Any:
         if program == "weights":
             where = decode_shardings(self.whole, self.cfg, self.config.model.dtype, self.mesh)
-            cast = jax.jit(qwen.decode_params, static_argnums=1, out_shardings=where)
-            return cast.lower(self.whole, self.config.model.dtype)
+            cut = jax.jit(qwen.decode_layer, static_argnums=2, out_shardings=where["layers"][0])
+            return cut.lower(self.whole["layers"], np.int32(0), self.config.model.dtype)
         plan = self.rollout.plan(self.decode_weights(self.sampling))
         ladder = self.rollout.ladder
         lanes, capacity, width = ladder.packed[0], ladder.capacities[-1], ladder.widths[-1]
@@ -263,6 +263,7 @@ class Run:
         held = {
             "base": device_bytes(self.base),
             "params": device_bytes(self.params),
+            "embeddings": device_bytes({k: v for k, v in self.whole.items() if k != "layers"}),
             "moments": device_bytes(self.state.opt_state),
             "reference": device_bytes(self.first),
             "gradients": device_bytes(self.params),

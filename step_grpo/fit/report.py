@@ -32,8 +32,9 @@ def of_run(plan: Plan) -> str:
 def of_arrays(plan: Plan) -> Table:
     """What lies on a device."""
     table = Table("array", "GiB a device", title="Arrays of the run")
+    notes = {"cache": ", of a lane", "prompts": ", of a lane", "embeddings": ", of the weights above"}
     for name, size in plan.sizes.held.items():
-        shown = f"{name}, of a lane" if name in ("cache", "prompts") else name
+        shown = name + notes.get(name, "")
         table.add_row(shown, f"{size / GIB:.2f}")
     return table
 

@@ -206,16 +206,37 @@ def _gathered(axes: Params) -> Params:
 def decode_params(params: Params, dtype) -> Params:
     """The weights as the decode loop wants them: cast once, merged with an adapter, the layers taken apart.
 
-    Made once a rollout batch, so that no token casts or slices a weight.
+    Made once a rollout batch, so that no token casts or slices a weight. `evaluate.decode_ready` does the same
+    with a program for one layer: a program of all layers takes a TPU's compiler minutes where it merges.
     """
     stacked = params["layers"]
-    count = jax.tree.leaves(stacked)[0].shape[0]
-    layers = tuple(
-        {name: settled(jax.tree.map(lambda w, i=i: w[i], weight), dtype) for name, weight in stacked.items()}
-        for i in range(count)
-    )
-    rest = {name: cast(weight, dtype) for name, weight in params.items() if name != "layers"}
-    return {**rest, "layers": layers}
+    layers = tuple(decode_layer(stacked, jnp.int32(i), dtype) for i in range(layer_count(params)))
+    return {**decode_rest(params, dtype), "layers": layers}
+
+
+def decode_layer(stacked: Params, layer: jax.Array, dtype) -> Params:
+    """One of `decode_params`' layers.
+
+    Args:
+        stacked: `params["layers"]`, a leading axis `L`.
+        layer: its number, int32.
+        dtype: of the result.
+    """
+
+    def taken(part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(part, layer, keepdims=False)
+
+    return {name: settled(jax.tree.map(taken, weight), dtype) for name, weight in stacked.items()}
+
+
+def decode_rest(params: Params, dtype) -> Params:
+    """What `decode_params` has beside its layers."""
+    return {name: cast(weight, dtype) for name, weight in params.items() if name != "layers"}
+
+
+def layer_count(params: Params) -> int:
+    """How many layers are stacked."""
+    return jax.tree.leaves(params["layers"])[0].shape[0]
 
 
 def head(params: Params) -> jax.Array:
