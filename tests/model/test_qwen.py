@@ -1,10 +1,15 @@
 """The declaration of the weights, and their form in the decode loop."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from step_grpo.compile_time import COMPILED
+from step_grpo.evaluate import decode_ready
+from step_grpo.mesh import make_mesh, replicated
 from step_grpo.model import qwen
 from step_grpo.model.cache import LayerCache, copy_lanes, empty_cache, with_capacity, write_token
 
@@ -54,6 +59,29 @@ def test_decode_weights_are_cast_once_and_taken_apart_by_layer(cfg):
         for name, weight in layer.items():
             assert jnp.array_equal(weight, params["layers"][name][i].astype(jnp.bfloat16))
     assert ready.keys() == params.keys()
+
+
+def test_decode_weights_of_more_layers_take_no_more_programs(cfg):
+    """Compilers take long over a merge of every layer; the second rollout compiles nothing."""
+    mesh = make_mesh(1, 1)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if event == COMPILED else None
+    )
+    counts = {}
+    for layers in (2, 5):
+        deeper = replace(cfg, layers=layers, ffn=9 + layers)  # of shapes that no other test has
+        params = jax.device_put(qwen.init_params(deeper, 0), replicated(mesh))
+        for again in (False, True):
+            compiled.clear()
+            ready = decode_ready(params, deeper, "bfloat16", mesh)
+            counts[layers, again] = len(compiled)
+    of_a_layer, beside = 1, 1
+    assert counts[2, False] == of_a_layer + beside
+    assert counts[5, False] == of_a_layer
+    assert counts[2, True] == counts[5, True] == 0
+    expected = qwen.decode_params(params, jnp.bfloat16)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, ready, expected))
 
 
 def test_decode_step_casts_no_weight(cfg):
