@@ -206,8 +206,8 @@ def _gathered(axes: Params) -> Params:
 def decode_params(params: Params, dtype) -> Params:
     """The weights as the decode loop wants them: cast once, merged with an adapter, the layers taken apart.
 
-    Made once a rollout batch, so that no token casts or slices a weight. `evaluate.decode_ready` does the same
-    with a program for one layer: a program of all layers takes a TPU's compiler minutes where it merges.
+    Made once a rollout batch, so that no token casts or slices a weight. `evaluate.decode_ready` does the
+    same with a program for one layer: that of all layers takes a TPU's compiler minutes where it merges.
     """
     stacked = params["layers"]
     layers = tuple(decode_layer(stacked, jnp.int32(i), dtype) for i in range(layer_count(params)))
