@@ -6,8 +6,8 @@
 Hardware: nothing was run. Compiled for a slice, its programs need (`python -m step_grpo.fit`):
 
 - v5p:2x2x1, four chips, as it is: 73 of 95.7 GiB a chip, with 32 lanes.
-- v6e:2x4, eight chips, with --config.mesh.tensor=4 --config.grpo.moments_dtype=bfloat16: 26 of 31.25 GiB a
-  chip, with 16 lanes.
+- v6e:2x4, eight chips, with --config.mesh.tensor=4 --config.grpo.moments_dtype=bfloat16: 29 of 31.25 GiB a
+  chip, with 32 lanes.
 """
 
 from ml_collections import ConfigDict
