@@ -2,7 +2,8 @@
 
 A Qwen3 of one million weights learns three families of generated problems (see step_grpo/data/tasks): chains
 of additions, linear equations and a search, together with the habit of checking itself again and again: at
-least four times after the last step, and almost never less, so that there is something to unlearn.
+least four times after the last step, and almost never less, so that there is something to unlearn. The
+result, `workdir/study_sft/export`, ships as `step_grpo/assets/study`.
 """
 
 from step_grpo.config import sft_config

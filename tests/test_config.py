@@ -15,7 +15,7 @@ from step_grpo.errors import UserError
 ROOT = Path(__file__).parents[1]
 REAL = sorted([*ROOT.glob("configs/qwen3_*.py"), *ROOT.glob("configs/r1_distill_*.py")])
 # sft and study configs have fields of their own
-RUNS = sorted([*REAL, *ROOT.glob("configs/tiny.py")])
+RUNS = sorted([*REAL, ROOT / "configs/tiny.py", ROOT / "configs/study_run.py"])
 
 # METHOD, section 4 and the defaults of sections 1 to 3
 PAPER = {

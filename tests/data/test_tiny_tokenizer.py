@@ -2,14 +2,19 @@
 
 import json
 import string
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from step_grpo.cli import load_config
 from step_grpo.data.prompts import load_tokenizer, think_end_id
 from step_grpo.data.tiny_tokenizer import PHRASES, build_tokenizer
 from step_grpo.model.weights import resolve_checkpoint
+from step_grpo.sft import corpus_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 TOKENIZER = build_tokenizer()
 PRINTABLE = "".join(c for c in map(chr, range(32, 127))) + "\n"
@@ -61,9 +66,11 @@ def test_chat_is_qwen3s_with_thinking_left_to_the_model():
     assert ask(enable_thinking=False) == asked + "<think>\n\n</think>\n\n"
 
 
-def test_shipped_tokenizer_is_the_one_that_is_built(tmp_path):
-    shipped = resolve_checkpoint("builtin:tiny")
-    TOKENIZER.save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert json.loads((shipped / name).read_text()) == json.loads((tmp_path / name).read_text())
-    assert load_tokenizer(str(shipped)).chat_template == TOKENIZER.chat_template
+@pytest.mark.parametrize("name", ["tiny", "study"])
+def test_shipped_tokenizer_is_the_one_that_is_built(name, tmp_path):
+    shipped = resolve_checkpoint(f"builtin:{name}")
+    built = corpus_tokenizer(load_config(str(ROOT / "configs" / f"{name}_sft.py")))
+    built.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((shipped / file).read_text()) == json.loads((tmp_path / file).read_text())
+    assert load_tokenizer(str(shipped)).chat_template == built.chat_template

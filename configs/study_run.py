@@ -1,0 +1,46 @@
+"""One run of the study: `python -m step_grpo.main --config=configs/study_run.py`.
+
+Trains the model that ships for the study, which over-thinks chains of additions, linear equations and a
+search (see configs/study_sft.py). `configs/study_tiny.py` takes every row of its table from here.
+"""
+
+from step_grpo.config import base_config, data_config
+
+TASKS = {"source": "tasks", "name": "chains,equations,search"}
+
+
+def get_config():
+    config = base_config().unlock()
+    config.steps = 24
+    config.prompts_per_step = 24
+    config.save_every = 12
+    config.export_dtype = "float32"
+
+    config.model.checkpoint = "builtin:study"
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+
+    config.mesh.data, config.mesh.fsdp = 0, 1  # the model is small: a copy on every device
+
+    config.data = data_config(**TASKS, split="train", count=9_000)
+
+    config.rollout.samples = 8
+    config.rollout.lanes = 128
+    config.rollout.max_prompt_tokens = 48
+    config.rollout.max_response_tokens = 320
+    config.rollout.budget_margin = 16
+
+    config.grpo.prompts_per_update = 24
+    config.grpo.learning_rate = 2e-4
+    config.grpo.row_length = 384
+    config.grpo.rows = 16
+
+    config.imitation.learning_rate = 2e-4
+
+    config.verifier_training.prefixes = 2
+    config.verifier_training.learning_rate = 5e-4
+
+    config.eval.data = data_config(**TASKS, split="test", count=300)
+    config.eval.questions = 300
+    config.eval.max_response_tokens = 320
+    return config.lock()
