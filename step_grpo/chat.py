@@ -37,7 +37,7 @@ from step_grpo.config import base_config, validate
 from step_grpo.data.prompts import encode_prompts
 from step_grpo.data.sources import Question
 from step_grpo.errors import UserError
-from step_grpo.evaluate import EVALUATION_STREAM
+from step_grpo.evaluate import EVALUATION_STREAM, decode_ready
 from step_grpo.mesh import make_mesh
 from step_grpo.model import qwen
 from step_grpo.model.attention import Attention, choose_attention
@@ -194,8 +194,9 @@ class Talk:
         self.vocab = build_vocabulary(self.texts, tuple(rollout.triggers))
         self.reach = reach(self.vocab.triggers)
         self.key = jax.random.fold_in(jax.random.key(config.seed), EVALUATION_STREAM)
-        self.params = jax.jit(qwen.decode_params, static_argnums=1)(params, dtype)
-        attention = choose_attention(config.model.attention, make_mesh(data=1, devices=jax.devices()[:1]))
+        alone = make_mesh(data=1, devices=jax.devices()[:1])
+        self.params = decode_ready(params, described.config, dtype, alone)
+        attention = choose_attention(config.model.attention, alone)
         self.widths = halvings(rollout.max_prompt_tokens, 3, 32, 32)
         longest = rollout.max_prompt_tokens + self.machine.max_response + self.machine.check_room
         self.capacities = halvings(longest, CAPACITIES, max(LEAST_CAPACITY, self.widths[-1]), 64)
