@@ -610,6 +610,7 @@ def sft_config() -> ConfigDict:
     config.seed = 0
     config.tasks = "chains"  # families of problems in the corpus (`step_grpo.data.tasks`), comma-separated
     config.habits = ConfigDict()  # of its author (`step_grpo.data.arithmetic.Habits`)
+    config.habits.carelessness = 1.0  # multiplies each family's probabilities to slip outside a check
     config.habits.least_checks = Habits.least_checks  # after the last step
     config.habits.check_on = Habits.check_on  # probability of one more check, once these are written
     config.habits.impatient = Habits.impatient  # probability to stop anywhere, with the right answer
@@ -642,6 +643,7 @@ def validate_sft(config: ConfigDict) -> None:
     least, right = config.habits.least_checks, f"between 0 and {Habits.max_checks}"
     _require(0 <= least <= Habits.max_checks, "config.habits.least_checks", least, right)
     _fraction(config.habits, "config.habits", "check_on", "impatient")
+    _share(config.habits, "config.habits", "carelessness")
     _at_least(0, config, "config", "seed", "weight_decay", "warmup_steps")
     _at_least(1, config, "config", "steps", "rows", "row_length", "log_every")
     _positive(config, "config", "learning_rate", "grad_clip")

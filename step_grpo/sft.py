@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from step_grpo import cli, distributed
 from step_grpo.config import validate_sft
+from step_grpo.data.arithmetic import Habits
 from step_grpo.data.prompts import encode_prompts
 from step_grpo.data.sources import Question
 from step_grpo.data.tasks import Problem, draw, families
@@ -123,7 +124,7 @@ def corpus_batches(config: ConfigDict, tokenizer: Any) -> Iterator[PackedBatch]:
     """Packed batches of the corpus without end, never the same problem twice but by chance."""
     rng = np.random.default_rng(config.seed)
     chosen = [
-        replace(family, habits=replace(family.habits, **config.habits))
+        replace(family, habits=author(family.habits, config.habits))
         for family in families(config.tasks, "config.tasks")
     ]
     in_turn = [chosen[i % len(chosen)] for i in range(CORPUS_BLOCK)]
@@ -141,6 +142,14 @@ def corpus_batches(config: ConfigDict, tokenizer: Any) -> Iterator[PackedBatch]:
         batches = pack(fitting, row_length=config.row_length, rows=config.rows)
         for i in rng.permutation(len(batches)):
             yield batches[i]
+
+
+def author(habits: Habits, wanted: ConfigDict) -> Habits:
+    """The habits of a family as `config.habits` wants them."""
+    changes = wanted.to_dict()
+    carelessness = changes.pop("carelessness")
+    slips = {name: getattr(habits, name, None) for name in ("slip", "slip_in_division")}
+    return replace(habits, **changes, **{n: carelessness * p for n, p in slips.items() if p is not None})
 
 
 def supervised(prompt: tuple[int, ...], completion: list[int]) -> Sample:

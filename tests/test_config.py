@@ -365,6 +365,7 @@ WRONG_SFT = {
     "habits.least_checks": -1,
     "habits.check_on": 1.1,
     "habits.impatient": -0.1,
+    "habits.carelessness": 0.0,
     "b1": 1.0,
     "grad_clip": -1.0,
     "log_every": 0,

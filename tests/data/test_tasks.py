@@ -9,7 +9,7 @@ import pytest
 from short_run import ROOT
 
 from step_grpo import cli
-from step_grpo.config import data_config
+from step_grpo.config import data_config, sft_config
 from step_grpo.data import arithmetic, tasks
 from step_grpo.data.prompts import encode_prompts
 from step_grpo.data.sources import Question, load_questions
@@ -18,7 +18,7 @@ from step_grpo.data.tasks.thoughts import split_of
 from step_grpo.data.tiny_tokenizer import build_tokenizer
 from step_grpo.errors import UserError
 from step_grpo.reward.boxes import last_box
-from step_grpo.sft import corpus_batches, corpus_tokenizer
+from step_grpo.sft import author, corpus_batches, corpus_tokenizer
 
 EVERY = pytest.mark.parametrize(("name", "split"), list(itertools.product(FAMILIES, SPLITS)))
 
@@ -117,12 +117,14 @@ END = re.compile(
 )
 
 
-def corpus(name: str, split: str, count: int = 600) -> list[tuple[str, int, str]]:
+def corpus(
+    name: str, split: str, count: int = 600, habits: arithmetic.Habits | None = None
+) -> list[tuple[str, int, str]]:
     """Question, answer and thought."""
     rng = np.random.default_rng(5)
     drawn = [draw(FAMILIES[name], split, rng) for _ in range(count)]
     family = FAMILIES[name]
-    return [(p.question, p.answer, family.over_thinking(p, rng, family.habits)) for p in drawn]
+    return [(p.question, p.answer, family.over_thinking(p, rng, habits or family.habits)) for p in drawn]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -144,6 +146,20 @@ def test_corpus_is_of_an_author_with_the_habits_of_the_config():
     tokens = next(corpus_batches(config, tokenizer)).tokens
     opened, checks = (np.sum(tokens == tokenizer.convert_tokens_to_ids(t)) for t in ("<think>", "Wait"))
     assert opened > 10 and checks >= 6 * opened
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_careless_author_repairs_more(name):
+    """The share of checks that find a difference follows the carelessness of the config."""
+    found = {}
+    for carelessness in (0.1, 1.0):
+        config = sft_config().unlock()
+        config.habits.carelessness = carelessness
+        habits = author(FAMILIES[name].habits, config.habits)
+        texts = "".join(text for _, _, text in corpus(name, "train", habits=habits))
+        found[carelessness] = texts.count(", not ") / texts.count("Wait, check: ")
+    assert found[1.0] > 2 * found[0.1] > 0
+    assert author(FAMILIES[name].habits, sft_config().habits) == FAMILIES[name].habits
 
 
 @pytest.mark.parametrize("name", FAMILIES)
