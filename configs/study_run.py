@@ -2,6 +2,10 @@
 
 Trains the model that ships for the study, which over-thinks chains of additions, linear equations and a
 search (see configs/study_sft.py). `configs/study_tiny.py` takes every row of its table from here.
+
+Steps and `rollout.delta` were chosen on validation questions. The probes of a model so small are surer than
+it is right: with a delta of 0.95 nine rollouts in ten exit at their first trigger from the first step on, all
+of a group have the same number of steps, and what is left to learn is little.
 """
 
 from step_grpo.config import base_config, data_config
@@ -11,9 +15,9 @@ TASKS = {"source": "tasks", "name": "chains,equations,search"}
 
 def get_config():
     config = base_config().unlock()
-    config.steps = 24
+    config.steps = 20
     config.prompts_per_step = 24
-    config.save_every = 12
+    config.save_every = 10
     config.export_dtype = "float32"
 
     config.model.checkpoint = "builtin:study"
@@ -24,6 +28,7 @@ def get_config():
 
     config.data = data_config(**TASKS, split="train", count=9_000)
 
+    config.rollout.delta = 0.9999
     config.rollout.samples = 8
     config.rollout.lanes = 128
     config.rollout.max_prompt_tokens = 48

@@ -2,8 +2,9 @@
 
 A Qwen3 of one million weights learns three families of generated problems (see step_grpo/data/tasks): chains
 of additions, linear equations and a search, together with the habit of checking itself again and again: at
-least four times after the last step, and almost never less, so that there is something to unlearn. The
-result, `workdir/study_sft/export`, ships as `step_grpo/assets/study`.
+least three times after the last step, and rarely less, so that there is something to unlearn. Its author
+slips half as often as that of the tiny model, so that most checks are for nothing. The result,
+`workdir/study_sft/export`, ships as `step_grpo/assets/study`; it takes half an hour on two cores.
 """
 
 from step_grpo.config import sft_config
@@ -12,9 +13,9 @@ from step_grpo.config import sft_config
 def get_config():
     config = sft_config()
     config.tasks = "chains,equations,search"
-    config.habits.least_checks = 4
-    config.habits.impatient = 0.03
-    config.steps = 2000
+    config.habits.least_checks = 3
+    config.habits.carelessness = 0.5
+    config.steps = 4000
     config.rows = 16
     config.row_length = 320
     config.remat = "none"
