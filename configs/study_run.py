@@ -3,9 +3,10 @@
 Trains the model that ships for the study, which over-thinks chains of additions, linear equations and a
 search (see configs/study_sft.py). `configs/study_tiny.py` takes every row of its table from here.
 
-Steps and `rollout.delta` were chosen on validation questions. The probes of a model so small are surer than
-it is right: with a delta of 0.95 nine rollouts in ten exit at their first trigger from the first step on, all
-of a group have the same number of steps, and what is left to learn is little.
+Steps, learning rate and `rollout.delta` were chosen on validation questions. The probes of a model so small
+are surer than it is right: with a delta of 0.95 nine rollouts in ten exit at their first trigger from the
+first step on, all of a group have the same number of steps, and what is left to learn is little. Twice the
+learning rate for half the steps costs three points of accuracy.
 """
 
 from step_grpo.config import base_config, data_config
@@ -15,9 +16,9 @@ TASKS = {"source": "tasks", "name": "chains,equations,search"}
 
 def get_config():
     config = base_config().unlock()
-    config.steps = 20
+    config.steps = 40
     config.prompts_per_step = 24
-    config.save_every = 10
+    config.save_every = 20
     config.export_dtype = "float32"
 
     config.model.checkpoint = "builtin:study"
@@ -36,11 +37,11 @@ def get_config():
     config.rollout.budget_margin = 16
 
     config.grpo.prompts_per_update = 24
-    config.grpo.learning_rate = 2e-4
+    config.grpo.learning_rate = 1e-4
     config.grpo.row_length = 384
     config.grpo.rows = 16
 
-    config.imitation.learning_rate = 2e-4
+    config.imitation.learning_rate = 1e-4
 
     config.verifier_training.prefixes = 2
     config.verifier_training.learning_rate = 5e-4

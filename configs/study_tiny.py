@@ -5,9 +5,10 @@ that no row was trained on: of the kind of the training (`test`), and harder one
 two cores. `:extended` behind the file's name adds other losses, strengths of the reward and thresholds;
 `:short` takes minutes and says nothing.
 
-What all rows share is in `configs/study_run.py`, what is a method's own as in its paper. Only three settings
-were chosen, all on validation questions: the number of steps and the delta of Step-GRPO's rollouts, and the
-threshold of the sufficiency assessment.
+What all rows share is in `configs/study_run.py`, what is a method's own as in its paper. Four settings were
+chosen, all on validation questions: the number of steps and the learning rate, which all trainings share, the
+delta of Step-GRPO's rollouts, and the threshold of the sufficiency assessment. The questions of the table are
+a draw of their own, which nothing was ever chosen on.
 """
 
 from step_grpo.errors import UserError
@@ -15,6 +16,7 @@ from step_grpo.study_config import row, study_config
 
 CONFIG, CHECKPOINT = "configs/study_run.py", "builtin:study"
 PLAIN = ("rollout.exit=none",)  # rollouts that nothing cuts short
+FRESH = "eval.data.seed=1"  # draw 0 was looked at while settings were chosen
 DEER = ("rollout.delta=0.95",)  # of its paper
 # The tiny tokenizer has these two phrases, and spells the words of the defaults letter by letter.
 VERDICTS = ("rollout.yes_words=(', yes',)", "rollout.no_words=(', not ',)")
@@ -97,9 +99,9 @@ def get_config(arg=""):
         train=("eval.data.split=validation", "eval.questions=66"),
         evaluate=("eval.samples=4",),
         splits={
-            "test": ("eval.data.split=test",),
-            "ood": ("eval.data.split=ood", "eval.data.count=150", "eval.questions=150"),
+            "test": ("eval.data.split=test", FRESH),
+            "ood": ("eval.data.split=ood", FRESH, "eval.data.count=150", "eval.questions=150"),
         },
         reliability=("vanilla", "grpo", "step_grpo"),
-        seconds={"train": 120.0, "imitate": 60.0, "verifier": 120.0, "evaluate": 15.0, "probe": 15.0},
+        seconds={"train": 220.0, "imitate": 80.0, "verifier": 240.0, "evaluate": 16.0, "probe": 15.0},
     )

@@ -39,8 +39,9 @@ def data_config(**fields) -> ConfigDict:
     are put behind the question in an order of its own, and the answer is a letter (empty: no options to add);
     grading: `math`, by value; `choice`, the letter of an option; `exact`, options, words, lists and numbers;
     instruction: appended to the trimmed question; bad_rows: `error` or `drop`;
-    count: problems to generate, where they are generated. Splits of those are `train`, `validation`, `test`,
-    and of `tasks` also `ood`: harder ones, of a kind that training never sees.
+    count: problems to generate, where they are generated; seed: of which draw. Splits of those are `train`,
+    `validation`, `test`, and of `tasks` also `ood`: harder ones, of a kind that training never sees. A
+    question is of the same split in every draw.
     """
     config = ConfigDict(
         {
@@ -56,6 +57,7 @@ def data_config(**fields) -> ConfigDict:
             "instruction": " Please reason step by step, and put your final answer within \\boxed{}.",
             "bad_rows": "error",
             "count": 10_000,
+            "seed": 0,
         }
     )
     config.update(fields)
@@ -482,6 +484,7 @@ def _check_data(data: ConfigDict, where: str) -> None:
     _require(graded, f"{where}.grading", data.grading, f"'choice', since {where}.choice_columns are given")
     if data.source in GENERATED:
         _at_least(1, data, where, "count")
+        _at_least(0, data, where, "seed")
     if data.source == "tasks":
         families(data.name, f"{where}.name")
     elif data.source != "arithmetic":

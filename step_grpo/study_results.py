@@ -38,21 +38,32 @@ def write_results(config: ConfigDict, workdir: Path, rows: Sequence[str]) -> dic
     results["rebatching"] = {row: rebatching(config, workdir, row) for row in rows}
     results["learnt"] = {row: learnt(config, workdir, row) for row in rows}
     results["calibration"] = calibrated = calibrations(config, workdir, rows)
-    titles = {row: config.rows[row].title for row in rows}
+    titles = titles_of(results)
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (workdir / "results.md").write_text(
-        markdown(splits, titles)
-        + learnt_markdown(results["learnt"], titles)
-        + calibration_markdown(calibrated, titles)
-        + rebatching_markdown(results["rebatching"], titles),
-        encoding="utf-8",
-    )
+    (workdir / "results.md").write_text(every_table(results), encoding="utf-8")
     (workdir / "results.tex").write_text(latex(splits, titles), encoding="utf-8")
     draw(pictured, titles, results["pareto"], workdir / "pareto.png")
     curves = {titles[row]: calibrated[row] for row in config.reliability if row in calibrated}
     if curves:
         draw_reliability(curves, workdir / "calibration.png")
     return results
+
+
+def titles_of(results: Mapping[str, Any]) -> dict[str, str]:
+    """The titles of the rows, by their names, of what `results.json` holds."""
+    rows = results["study"]["rows"]
+    return {name: rows[name]["title"] for name in results["rebatching"]}
+
+
+def every_table(results: Mapping[str, Any]) -> str:
+    """What `results.md` holds, of what `results.json` holds."""
+    titles = titles_of(results)
+    return (
+        markdown(results["splits"], titles)
+        + learnt_markdown(results["learnt"], titles)
+        + calibration_markdown(results["calibration"], titles)
+        + rebatching_markdown(results["rebatching"], titles)
+    )
 
 
 def split_figures(config: ConfigDict, workdir: Path, rows: Sequence[str], split: str) -> dict[str, Figures]:

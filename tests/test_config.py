@@ -328,6 +328,8 @@ def test_generated_problems_need_a_count_and_no_name():
     validate(changed({"data.source": "arithmetic", "data.name": ""}))
     with pytest.raises(UserError, match=r"config\.data\.count is 0"):
         validate(changed({"data.source": "arithmetic", "data.count": 0}))
+    with pytest.raises(UserError, match=r"config\.data\.seed is -1"):
+        validate(changed({"data.source": "arithmetic", "data.seed": -1}))
 
 
 def test_families_of_problems_are_named():

@@ -18,13 +18,16 @@ from step_grpo.errors import UserError
 SPARE = 40  # questions generated at most for each one that is wanted; a test split takes a tenth of them
 
 
-def rows(name: str, split: str, count: int, *, where: str = "config.data") -> Iterator[dict[str, Any]]:
-    """Generates `count` different questions of a split: `problem` and `answer`; the same every time.
+def rows(
+    name: str, split: str, count: int, seed: int = 0, *, where: str = "config.data"
+) -> Iterator[dict[str, Any]]:
+    """Generates `count` different questions of a split: `problem` and `answer`; the same for the same seed.
 
     Args:
         name: of the kind, as reasoning-gym calls it.
         split: `train`, `validation` or `test`.
         count: how many; a larger one goes on from a smaller one.
+        seed: of the draw.
         where: the path of the config, for messages.
 
     Raises:
@@ -43,7 +46,7 @@ def rows(name: str, split: str, count: int, *, where: str = "config.data") -> It
         raise UserError(f"{where}.name: reasoning-gym has no dataset {name!r}{hint}")
     if split not in SPLITS:
         raise UserError(f"{where}.split is {split!r}; reasoning_gym has {', '.join(SPLITS)}")
-    generated = create_dataset(name, seed=0, size=SPARE * count)
+    generated = create_dataset(name, seed=seed, size=SPARE * count)
     found = list(itertools.islice(_different(generated, split), count))
     if len(found) < count:
         raise UserError(

@@ -490,9 +490,9 @@ def _read_arithmetic(config: ConfigDict, where: str) -> _Table:
     if config.split not in arithmetic.SPLITS:
         splits = ", ".join(arithmetic.SPLITS)
         raise UserError(f"{where}.split is {config.split!r}; arithmetic has {splits}")
-    problems = arithmetic.problems(config.split, config.count, seed=0)
+    problems = arithmetic.problems(config.split, config.count, config.seed)
     rows = enumerate({"problem": problem, "answer": answer} for problem, answer in problems)
-    return _Table(f"arithmetic, split {config.split}", f"arithmetic/{config.split}", "row", rows)
+    return _Table(f"arithmetic, split {config.split}", f"arithmetic/{_draw(config)}", "row", rows)
 
 
 def _read_tasks(config: ConfigDict, where: str) -> _Table:
@@ -501,23 +501,31 @@ def _read_tasks(config: ConfigDict, where: str) -> _Table:
     _counted(config, where)
     if config.split not in tasks.SPLITS:
         raise UserError(f"{where}.split is {config.split!r}; tasks have {', '.join(tasks.SPLITS)}")
-    problems = tasks.problems(config.name, config.split, config.count, seed=0, where=f"{where}.name")
+    drawn = config.split, config.count, config.seed
+    problems = tasks.problems(config.name, *drawn, where=f"{where}.name")
     rows = enumerate({"problem": problem, "answer": answer} for problem, answer in problems)
-    return _Table(f"{config.name}, split {config.split}", f"tasks/{config.name}/{config.split}", "row", rows)
+    return _Table(f"{config.name}, split {config.split}", f"tasks/{config.name}/{_draw(config)}", "row", rows)
+
+
+def _draw(config: ConfigDict) -> str:
+    """The split, as it stands in the identity of a generated question; any draw but the first says which."""
+    return config.split + (f"/seed{config.seed}" if config.seed else "")
 
 
 def _read_reasoning_gym(config: ConfigDict, where: str) -> _Table:
     from step_grpo.data import gym  # noqa: PLC0415 (other sources do without it)
 
     _counted(config, where)
-    rows = enumerate(gym.rows(config.name, config.split, config.count, where=where))
+    rows = enumerate(gym.rows(config.name, config.split, config.count, config.seed, where=where))
     label = f"reasoning-gym's {config.name}, split {config.split}"
-    return _Table(label, f"reasoning_gym/{config.name}/{config.split}", "row", rows)
+    return _Table(label, f"reasoning_gym/{config.name}/{_draw(config)}", "row", rows)
 
 
 def _counted(config: ConfigDict, where: str) -> None:
     if config.count < 1:
         raise UserError(f"{where}.count is {config.count}; it must be at least 1, the problems to generate")
+    if config.seed < 0:
+        raise UserError(f"{where}.seed is {config.seed}; it must be 0 or more, the draw of the problems")
 
 
 def _existing(name: str, where: str) -> Path:

@@ -94,6 +94,17 @@ def test_source_gives_the_problems_of_its_split():
     assert questions[3].id == "tasks/equations,search/ood:3"
 
 
+@pytest.mark.parametrize("source", ["tasks", "arithmetic"])
+def test_another_draw_of_a_split_has_other_questions(source):
+    fields = {"source": source, "name": "equations,search" if source == "tasks" else "", "split": "test"}
+    first, other = (load_questions(data_config(**fields, count=40, seed=seed)) for seed in (0, 1))
+    texts = [{q.question for q in questions} for questions in (first, other)]
+    assert len(texts[0] & texts[1]) < 8
+    assert {q.id for q in first}.isdisjoint(q.id for q in other)  # never taken for the same question
+    strays = [text for text in texts[1] if split_of(text) != "test"]
+    assert not strays
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
