@@ -6,7 +6,7 @@ search (see configs/study_sft.py). `configs/study_tiny.py` takes every row of it
 Steps, learning rate and `rollout.delta` were chosen on validation questions. The probes of a model so small
 are surer than it is right: with a delta of 0.95 nine rollouts in ten exit at their first trigger from the
 first step on, all of a group have the same number of steps, and what is left to learn is little. Twice the
-learning rate for half the steps costs three points of accuracy.
+learning rate for half the steps costs two or three points of accuracy.
 """
 
 from step_grpo.config import base_config, data_config
