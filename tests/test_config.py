@@ -285,7 +285,7 @@ def test_missing_field_is_named():
 # Texts that may be anything, switches, and fields with a rule of their own below.
 FREE = {
     *(f"{data}.{name}" for data in ("data", "eval.data") for name in ("subset", "split", "answer_pattern")),
-    *(f"{data}.{name}" for data in ("data", "eval.data") for name in ("instruction", "count")),
+    *(f"{data}.{name}" for data in ("data", "eval.data") for name in ("instruction", "count", "seed")),
     *(f"eval.data.{name}" for name in ("name", "bad_rows", "prompt_column", "answer_column")),
     *(f"eval.data.{name}" for name in ("grading", "choice_columns")),
     *(
