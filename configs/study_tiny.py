@@ -2,8 +2,9 @@
 
 The rows of the paper's table and its ablations, each trained with three seeds, and evaluated on questions
 that no row was trained on: of the kind of the training (`test`), and harder ones (`ood`). It takes hours on
-two cores. `:extended` behind the file's name adds other losses, strengths of the reward and thresholds;
-`:short` takes minutes and says nothing.
+two cores. `:extended` behind the file's name adds other losses, strengths of the reward and thresholds, all
+with the first seed alone; in the same workdir it goes on from the rows that are finished. `:short` takes
+minutes and says nothing.
 
 What all rows share is in `configs/study_run.py`, what is a method's own as in its paper. Four settings were
 chosen, all on validation questions: the number of steps and the learning rate, which all trainings share, the
@@ -95,6 +96,7 @@ def get_config(arg=""):
         {**ROWS, **(EXTENDED if arg else {})},
         config=CONFIG,
         checkpoint=CHECKPOINT,
+        seeds=(0,) if arg else (0, 1, 2),
         # The curves of a training are drawn on another split than the table, and on few questions.
         train=("eval.data.split=validation", "eval.questions=66"),
         evaluate=("eval.samples=4",),
