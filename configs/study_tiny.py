@@ -6,10 +6,11 @@ two cores. `:extended` behind the file's name adds other losses, strengths of th
 with the first seed alone; in the same workdir it goes on from the rows that are finished. `:short` takes
 minutes and says nothing.
 
-What all rows share is in `configs/study_run.py`, what is a method's own as in its paper. Four settings were
+What all rows share is in `configs/study_run.py`, what is a method's own as in its paper. Five settings were
 chosen, all on validation questions: the number of steps and the learning rate, which all trainings share, the
-delta of Step-GRPO's rollouts, and the threshold of the sufficiency assessment. The questions of the table are
-a draw of their own, which nothing was ever chosen on.
+delta of Step-GRPO's rollouts, the threshold of the sufficiency assessment, and a second penalty for GRPO+LP,
+with which it needs about the tokens of Step-GRPO. The questions of the table are a draw of their own, which
+nothing was ever chosen on.
 """
 
 from step_grpo.errors import UserError
@@ -45,6 +46,9 @@ ROWS = {
     ),
     "grpo": row("GRPO", train=[*PLAIN, "reward.name=accuracy"]),
     "grpo_lp": row("GRPO+LP", train=[*PLAIN, "reward.name=length_penalty"]),
+    "grpo_lp_1": row(
+        "GRPO+LP, penalty 1", train=[*PLAIN, "reward.name=length_penalty", "reward.length_penalty=1.0"]
+    ),
     "grpo_lambda": row("GRPO-lambda", train=[*PLAIN, "reward.name=grpo_lambda"]),
     "step_grpo": row("Step-GRPO"),
     "no_step_reward": row("  without the step reward", train=["reward.beta=0"]),
