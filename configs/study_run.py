@@ -9,42 +9,30 @@ first step on, all of a group have the same number of steps, and what is left to
 learning rate for half the steps costs two or three points of accuracy.
 """
 
-from step_grpo.config import base_config, data_config
+from step_grpo.config import data_config, small_config
 
 TASKS = {"source": "tasks", "name": "chains,equations,search"}
 
 
 def get_config():
-    config = base_config().unlock()
+    config = small_config()
     config.steps = 40
     config.prompts_per_step = 24
     config.save_every = 20
-    config.export_dtype = "float32"
 
     config.model.checkpoint = "builtin:study"
-    config.model.dtype = "float32"
     config.model.remat = "none"
-
-    config.mesh.data, config.mesh.fsdp = 0, 1  # the model is small: a copy on every device
 
     config.data = data_config(**TASKS, split="train", count=9_000)
 
     config.rollout.delta = 0.9999
-    config.rollout.samples = 8
-    config.rollout.lanes = 128
     config.rollout.max_prompt_tokens = 48
     config.rollout.max_response_tokens = 320
-    config.rollout.budget_margin = 16
 
-    config.grpo.prompts_per_update = 24
     config.grpo.learning_rate = 1e-4
     config.grpo.row_length = 384
-    config.grpo.rows = 16
 
     config.imitation.learning_rate = 1e-4
-
-    config.verifier_training.prefixes = 2
-    config.verifier_training.learning_rate = 5e-4
 
     config.eval.data = data_config(**TASKS, split="test", count=300)
     config.eval.questions = 300

@@ -3,7 +3,7 @@
 A Qwen3 of one million weights learns three families of generated problems (see step_grpo/data/tasks): chains
 of additions, linear equations and a search, together with the habit of checking itself again and again: at
 least three times after the last step, and rarely less, so that there is something to unlearn. Its author
-slips half as often as that of the tiny model, so that most checks are for nothing. The result,
+slips half as often as those of the families do, so that most checks are for nothing. The result,
 `workdir/study_sft/export`, ships as `step_grpo/assets/study`; it takes half an hour on two cores.
 """
 

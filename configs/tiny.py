@@ -4,38 +4,26 @@ Trains the built-in tiny model, which over-thinks arithmetic (see configs/tiny_s
 a few minutes on two cores and downloads nothing.
 """
 
-from step_grpo.config import base_config, data_config
+from step_grpo.config import data_config, small_config
 
 
 def get_config():
-    config = base_config().unlock()
+    config = small_config()
     config.steps = 12
     config.prompts_per_step = 48
     config.save_every = 6
-    config.export_dtype = "float32"
 
     config.model.checkpoint = "builtin:tiny"
-    config.model.dtype = "float32"
-
-    config.mesh.data, config.mesh.fsdp = 0, 1  # the model is small: a copy on every device
 
     config.data = data_config(source="arithmetic", split="train", count=10_000)
 
-    config.rollout.samples = 8
-    config.rollout.lanes = 128
     config.rollout.max_prompt_tokens = 32
     config.rollout.max_response_tokens = 256
-    config.rollout.budget_margin = 16
 
-    config.grpo.prompts_per_update = 24
     config.grpo.learning_rate = 2e-4
     config.grpo.row_length = 320
-    config.grpo.rows = 16
 
     config.imitation.learning_rate = 2e-4
-
-    config.verifier_training.prefixes = 2
-    config.verifier_training.learning_rate = 5e-4
 
     config.eval.data = data_config(source="arithmetic", split="test", count=1024)
     config.eval.questions = 1024

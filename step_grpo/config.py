@@ -607,6 +607,22 @@ def _check_eval(evaluation: ConfigDict) -> None:
     _fraction(evaluation, where, "min_p")
 
 
+def small_config() -> ConfigDict:
+    """What the runs of the models that ship share: a million weights on two cores. Not locked."""
+    config = base_config().unlock()
+    config.export_dtype = "float32"
+    config.model.dtype = "float32"
+    config.mesh.data, config.mesh.fsdp = 0, 1  # the model is small: a copy on every device
+    config.rollout.samples = 8
+    config.rollout.lanes = 128
+    config.rollout.budget_margin = 16
+    config.grpo.prompts_per_update = 24
+    config.grpo.rows = 16
+    config.verifier_training.prefixes = 2
+    config.verifier_training.learning_rate = 5e-4
+    return config
+
+
 def sft_config() -> ConfigDict:
     """Supervised fine-tuning on a generated corpus (`step_grpo.sft`)."""
     config = ConfigDict()

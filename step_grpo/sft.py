@@ -147,9 +147,7 @@ def corpus_batches(config: ConfigDict, tokenizer: Any) -> Iterator[PackedBatch]:
 def author(habits: Habits, wanted: ConfigDict) -> Habits:
     """The habits of a family as `config.habits` wants them."""
     changes = wanted.to_dict()
-    carelessness = changes.pop("carelessness")
-    slips = {name: getattr(habits, name, None) for name in ("slip", "slip_in_division")}
-    return replace(habits, **changes, **{n: carelessness * p for n, p in slips.items() if p is not None})
+    return replace(habits.slipping(changes.pop("carelessness")), **changes)
 
 
 def supervised(prompt: tuple[int, ...], completion: list[int]) -> Sample:

@@ -12,7 +12,7 @@ it may be there. The whole corpus is synthetic.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,6 +56,10 @@ class Habits:
     max_checks: int = 9
     impatient: float = 0.1  # stops at an arbitrary point, with the right answer
     unmarked: float = 0.08  # closes the thinking without its final-answer line
+
+    def slipping(self, factor: float) -> "Habits":
+        """The same, but for slips outside a check, which are `factor` times as likely."""
+        return replace(self, slip=factor * self.slip)
 
 
 def problems(split: str, count: int, seed: int) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ which training has only where x stands on one side.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -66,6 +66,10 @@ class EquationHabits(Habits):
     slip: float = 0.35
     slip_in_division: float = 0.2
     substitute: float = 0.5  # a check of a solution puts it into the equation
+
+    def slipping(self, factor: float) -> "EquationHabits":
+        """The same, but for slips outside a check, those in a division too."""
+        return replace(self, slip=factor * self.slip, slip_in_division=factor * self.slip_in_division)
 
 
 def draw(rng: np.random.Generator, hard: bool) -> Equation:
