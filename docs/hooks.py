@@ -34,11 +34,14 @@ LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".json": "json"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds a page for every file outside of `docs/` that a page links, and that those link."""
+    """Adds a page for every file outside of `docs/` that a page links, and that those link; and pictures."""
     todo = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
     known = set(todo)
     while todo:
         here = todo.pop()
+        for target in sorted(pictured(here) - known):
+            known.add(target)
+            files.append(File.generated(config, page_of(target), abs_src_path=str(ROOT / target)))
         for target in sorted(linked(here) - known):
             known.add(target)
             files.append(File.generated(config, page_of(target), content=as_page(target)))
@@ -74,7 +77,7 @@ def page_of(path: str) -> str:
     """The page that shows a file of the repository: `docs/` as it is, anything else under `source/`."""
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
-    return f"source/{path}" if path.endswith(".md") else f"source/{path}.md"
+    return f"source/{path}" if path.endswith((".md", ".png")) else f"source/{path}.md"
 
 
 def file_of(page: str) -> str:
@@ -91,6 +94,13 @@ def linked(here: str) -> set[str]:
         return set()
     text = CODE.sub("", as_page(here))
     targets = (resolved(here, match[2]) for match in LINK.finditer(text) if ":" not in match[2])
+    return {target for target in targets if not target.startswith("docs/") and (ROOT / target).is_file()}
+
+
+def pictured(here: str) -> set[str]:
+    """The pictures outside of `docs/`, all of which is copied, that a Markdown file shows."""
+    text = CODE.sub("", as_page(here)) if here.endswith(".md") else ""
+    targets = {resolved(here, match[2]) for match in IMAGE.finditer(text)}
     return {target for target in targets if not target.startswith("docs/") and (ROOT / target).is_file()}
 
 
@@ -112,7 +122,7 @@ def relinked(text: str, page: str) -> str:
         return f"[{label}]({place}{anchor or line_of(path, label)})"
 
     def image(match: re.Match[str]) -> str:
-        place = resolved(here, match[2]).removeprefix("docs/")  # pictures lie in docs/, which is copied
+        place = page_of(resolved(here, match[2]))
         return f"![{match[1]}]({posixpath.relpath(place, posixpath.dirname(page) or '.')})"
 
     return IMAGE.sub(image, LINK.sub(link, text))

@@ -32,9 +32,11 @@ def write_results(config: ConfigDict, workdir: Path, rows: Sequence[str]) -> dic
     Returns:
         What `results.json` holds.
     """
-    splits = {split: split_figures(config, workdir, rows, split) for split in config.splits}
+    order = sorted(config.splits, key=lambda split: split != config.pictured)
+    splits = {split: split_figures(config, workdir, rows, split) for split in order}
     pictured = splits[config.pictured]
-    results = {"study": config.to_dict(), "splits": splits, "pareto": pareto_front(pictured)}
+    results: dict[str, Any] = {"study": config.to_dict(), "rows": list(rows), "splits": splits}
+    results["pareto"] = pareto_front(pictured)
     results["rebatching"] = {row: rebatching(config, workdir, row) for row in rows}
     results["learnt"] = {row: learnt(config, workdir, row) for row in rows}
     results["calibration"] = calibrated = calibrations(config, workdir, rows)
@@ -52,7 +54,7 @@ def write_results(config: ConfigDict, workdir: Path, rows: Sequence[str]) -> dic
 def titles_of(results: Mapping[str, Any]) -> dict[str, str]:
     """The titles of the rows, by their names, of what `results.json` holds."""
     rows = results["study"]["rows"]
-    return {name: rows[name]["title"] for name in results["rebatching"]}
+    return {name: rows[name]["title"] for name in results["rows"]}
 
 
 def every_table(results: Mapping[str, Any]) -> str:

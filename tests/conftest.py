@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from hypothesis import settings
@@ -23,6 +24,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would spin on the cores of other processes
 
+import jax
 import pytest
 from short_run import ShortRun, short_config, train
 
@@ -71,6 +73,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first; the order within a file stays."""
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture
+def compile_events() -> Iterator[list[str]]:
+    """The names of JAX's events about tracing and compiling, from the beginning of the test on."""
+    events: list[str] = []
+
+    def hear(event: str, seconds: float, **_: str | int) -> None:
+        del seconds
+        if "compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(hear)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ PAGES = tuple(
         [
             *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tpu/README.md")),
             *(ROOT / "docs").glob("*.md"),
+            *(ROOT / "results").glob("*/README.md"),
             *(ROOT / "notebooks").glob("*.ipynb"),
         ]
     )
