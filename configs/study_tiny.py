@@ -8,8 +8,8 @@ minutes and says nothing.
 
 What all rows share is in `configs/study_run.py`, what is a method's own as in its paper. Five settings were
 chosen, all on validation questions: the number of steps and the learning rate, which all trainings share, the
-delta of Step-GRPO's rollouts, the threshold of the sufficiency assessment, and a second penalty for GRPO+LP,
-with which it needs about the tokens of Step-GRPO. The questions of the table are a draw of their own, which
+delta of Step-GRPO's rollouts, the threshold of the sufficiency assessment, and the penalty of GRPO+LP, with
+which it needs about the tokens of Step-GRPO. The questions of the table are a draw of their own, which
 nothing was ever chosen on.
 """
 
@@ -45,10 +45,7 @@ ROWS = {
         ],
     ),
     "grpo": row("GRPO", train=[*PLAIN, "reward.name=accuracy"]),
-    "grpo_lp": row("GRPO+LP", train=[*PLAIN, "reward.name=length_penalty"]),
-    "grpo_lp_1": row(
-        "GRPO+LP, penalty 1", train=[*PLAIN, "reward.name=length_penalty", "reward.length_penalty=1.0"]
-    ),
+    "grpo_lp": row("GRPO+LP", train=[*PLAIN, "reward.name=length_penalty", "reward.length_penalty=1.0"]),
     "grpo_lambda": row("GRPO-lambda", train=[*PLAIN, "reward.name=grpo_lambda"]),
     "step_grpo": row("Step-GRPO"),
     "no_step_reward": row("  without the step reward", train=["reward.beta=0"]),
@@ -57,6 +54,7 @@ ROWS = {
 }
 
 EXTENDED = {
+    "grpo_lp_0p5": row("GRPO+LP, penalty 0.5", train=[*PLAIN, "reward.name=length_penalty"]),
     "forced_masked": row("  forced tokens masked", train=["grpo.train_forced_tokens=False"]),
     "deer_0p99": row(
         "DEER, delta 0.99", "untrained", evaluate=["rollout.delta=0.99", "eval.exit=confidence"]
