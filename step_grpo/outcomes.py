@@ -88,7 +88,7 @@ def read_recorded(path: Path) -> Recorded:
             groups.setdefault((row["id"], row["prompt"]), []).append(row)
         figures = {
             name: [[row[name] for row in group] for group in groups.values()]
-            for name in ("correct", "tokens", "steps")
+            for name in ("correct", "tokens", "steps", "truncated")
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -101,8 +101,8 @@ def read_recorded(path: Path) -> Recorded:
             f"--against: {path} has questions with {sorted(counts)} completions; it must be one number"
         )
     arrays = {name: np.array(values) for name, values in figures.items()}
-    unknown = np.zeros_like(arrays["tokens"])  # neither is compared between runs
-    return Recorded(tuple(groups), Outcomes(truncated=unknown, votes=unknown, **arrays))
+    unknown = np.zeros_like(arrays["tokens"])  # votes are not compared between runs
+    return Recorded(tuple(groups), Outcomes(votes=unknown, **arrays))
 
 
 def find_completions(against: Path, benchmark: str) -> Path:

@@ -7,7 +7,8 @@ split, for each seed; the pictured split once more in static batches, to see wha
 last, probes of its completions, to see whether their confidence can be trusted. They run one after the other,
 each in a process of its own; what is finished is not run again, so the same line goes on where it was
 stopped. `results.json`, `results.md`, `results.tex`, `pareto.png` and `calibration.png` are written anew
-after every row.
+after every row. With `--beside=results/study_tiny/results.json` a row of your own stands among those that
+were run before, in the time that it and the first row take.
 """
 
 import json
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict
 from step_grpo import cli
 from step_grpo.errors import UserError
 from step_grpo.study_config import validate_study
-from step_grpo.study_results import PROBES, STATIC, write_results
+from step_grpo.study_results import PROBES, STATIC, read_earlier, write_results
 
 TRAINERS = {
     "train": "step_grpo.main",
@@ -72,10 +73,18 @@ class Stage:
         return (self.folder / FINISHED[self.kind]).is_file()
 
 
-def main(config: ConfigDict, workdir: Path = Path("workdir/study"), only: str = "") -> None:
-    """Runs what is not finished, and writes the results. `--only=ROW,ROW` restricts it to some rows."""
+def main(config: ConfigDict, workdir: Path = Path("workdir/study"), only: str = "", beside: str = "") -> None:
+    """Runs what is not finished, and writes the results.
+
+    `--only=ROW,ROW` restricts it to some rows. `--beside=FILE`, a `results.json` of the same study, puts the
+    rows that it has into the tables as they are; they are not run here, unless `--only` names them.
+    """
     validate_study(config)
-    rows = chosen_rows(config, only)
+    earlier = read_earlier(Path(beside), config) if beside else None
+    base, *others = chosen_rows(config, only)
+    if earlier is not None and not only:
+        others = [row for row in others if row not in earlier["rows"]]
+    rows = [base, *others]
     plan = {row: list(stages_of(row, config, workdir)) for row in rows}
     everything = [stage for stages in plan.values() for stage in stages]
     check_unchanged(everything)
@@ -86,7 +95,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/study"), only: str = 
     for row, stages in plan.items():
         failed += run_row(stages, left, workdir, clock)
         if all(stage.finished for stage in stages):
-            write_results(config, workdir, [name for name in plan if is_finished(plan[name])])
+            write_results(config, workdir, [name for name in plan if is_finished(plan[name])], earlier)
             print(f"{row} is finished; the table so far: {workdir / 'results.md'}", flush=True)
     if failed:
         raise UserError(

@@ -18,29 +18,38 @@ from step_grpo.statistics import Outcomes
 
 STATIC = "static"  # ends the name of an evaluation in static batches
 PROBES = "probes"  # folder of a row's first seed with the probes of its completions
+NOT_SHARED = (
+    "order",
+    "rows",
+    "seconds",
+    "reliability",
+)  # fields in which studies of the same rows may differ
 Figures = dict[str, Any]
 
 
-def write_results(config: ConfigDict, workdir: Path, rows: Sequence[str]) -> dict[str, Any]:
+Results = dict[str, Any]  # what `results.json` holds
+OF_A_ROW = ("rebatching", "learnt", "calibration")  # parts of it with an entry a row, beside the splits
+
+
+def write_results(
+    config: ConfigDict, workdir: Path, rows: Sequence[str], earlier: Results | None = None
+) -> Results:
     """Writes `results.json`, `results.md`, `results.tex`, `pareto.png` and `calibration.png`.
 
     Args:
         config: of the study.
         workdir: of the study.
         rows: the finished ones, the first of `config.order` first.
+        earlier: whose other rows stand beside these, of `read_earlier`.
 
     Returns:
         What `results.json` holds.
     """
-    order = sorted(config.splits, key=lambda split: split != config.pictured)
-    splits = {split: split_figures(config, workdir, rows, split) for split in order}
+    results = results_of(config, workdir, rows)
+    if earlier is not None:
+        results = beside_earlier(results, earlier)
+    splits, calibrated, titles = results["splits"], results["calibration"], titles_of(results)
     pictured = splits[config.pictured]
-    results: dict[str, Any] = {"study": config.to_dict(), "rows": list(rows), "splits": splits}
-    results["pareto"] = pareto_front(pictured)
-    results["rebatching"] = {row: rebatching(config, workdir, row) for row in rows}
-    results["learnt"] = {row: learnt(config, workdir, row) for row in rows}
-    results["calibration"] = calibrated = calibrations(config, workdir, rows)
-    titles = titles_of(results)
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (workdir / "results.md").write_text(every_table(results), encoding="utf-8")
     (workdir / "results.tex").write_text(latex(splits, titles), encoding="utf-8")
@@ -48,6 +57,76 @@ def write_results(config: ConfigDict, workdir: Path, rows: Sequence[str]) -> dic
     curves = {titles[row]: calibrated[row] for row in config.reliability if row in calibrated}
     if curves:
         draw_reliability(curves, workdir / "calibration.png")
+    return results
+
+
+def results_of(config: ConfigDict, workdir: Path, rows: Sequence[str]) -> Results:
+    """All figures of these rows, from what their commands left in the workdir."""
+    order = sorted(config.splits, key=lambda split: split != config.pictured)
+    splits = {split: split_figures(config, workdir, rows, split) for split in order}
+    return {
+        "study": json.loads(json.dumps(config.to_dict())),
+        "rows": list(rows),
+        "splits": splits,
+        "pareto": pareto_front(splits[config.pictured]),
+        "rebatching": {row: rebatching(config, workdir, row) for row in rows},
+        "learnt": {row: learnt(config, workdir, row) for row in rows},
+        "calibration": calibrations(config, workdir, rows),
+    }
+
+
+def read_earlier(path: Path, config: ConfigDict) -> Results:
+    """The `results.json` of a study that differs from this one in nothing but which rows it has.
+
+    Raises:
+        UserError: no such file, not one of ours, of two runs, or of other settings, naming the first.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        then, known = results["study"], set(results["rows"])
+        parts = [*results["splits"].values(), *(results[part] for part in OF_A_ROW[:-1])]
+        whole = all(known == set(part) for part in parts)
+        now = json.loads(json.dumps(config.to_dict()))
+        first = {"the first of config.order": (then["order"][0], now["order"][0])}
+        shared = {f"config.{name}": (then[name], now[name]) for name in now if name not in NOT_SHARED}
+        rows = {
+            f"config.rows.{row}": (then["rows"][row], now["rows"][row]) for row in known & set(now["rows"])
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--beside: {path} is not a results.json of step_grpo.study ({type(error).__name__}: {error})"
+        ) from None
+    if not whole:
+        raise UserError(f"--beside: {path} lacks figures of some of its rows")
+    if "earlier" in results:
+        raise UserError(f"--beside: {path} has rows of two runs with different first rows; name one of them")
+    for name, (there, here) in (first | shared | rows).items():
+        if there != here:
+            raise UserError(f"--beside: {path} was made with {name} {there}; here it is {here}")
+    return results
+
+
+def beside_earlier(own: Results, earlier: Results) -> Results:
+    """Own figures, and those of the rows that only the earlier study has.
+
+    A row's figures are of its own completions and the first row's alone. Where the first row came out as
+    before, which it does on the same kind of machine, all are those of one run; where it did not, `earlier`
+    of the results says which rows were compared with another one, and what that was.
+    """
+    order = own["study"]["order"]
+    carried = [row for row in order if row in earlier["rows"] and row not in own["rows"]]
+
+    def both(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+        found = {**mine, **{row: theirs[row] for row in carried if row in theirs}}
+        return {row: found[row] for row in order if row in found}
+
+    splits = {split: both(figures, earlier["splits"][split]) for split, figures in own["splits"].items()}
+    results = {**own, "rows": [row for row in order if row in {*own["rows"], *carried}], "splits": splits}
+    results["pareto"] = pareto_front(splits[own["study"]["pictured"]])
+    results |= {part: both(own[part], earlier[part]) for part in OF_A_ROW}
+    base = {split: figures[order[0]] for split, figures in earlier["splits"].items()}
+    if carried and any(base[split] != figures[order[0]] for split, figures in splits.items()):
+        results["earlier"] = {"rows": carried, "first_row": base}
     return results
 
 
@@ -62,6 +141,7 @@ def every_table(results: Mapping[str, Any]) -> str:
     titles = titles_of(results)
     return (
         markdown(results["splits"], titles)
+        + earlier_markdown(results, titles)
         + learnt_markdown(results["learnt"], titles)
         + calibration_markdown(results["calibration"], titles)
         + rebatching_markdown(results["rebatching"], titles)
@@ -258,7 +338,10 @@ def pareto_front(figures: Mapping[str, Figures]) -> list[str]:
 
 # ---------------------------------------------------------------------- tables
 
-HEAD = ("", "accuracy, %", "tokens", "steps", "against the first row: accuracy, points", "tokens, %")
+HEAD = (
+    *("", "accuracy, %", "tokens", "median", "steps", "cut off, %"),
+    *("against the first row: accuracy, points", "tokens, %"),
+)
 
 
 def table_rows(figures: Mapping[str, Figures], titles: Mapping[str, str]) -> list[tuple[str, ...]]:
@@ -281,7 +364,9 @@ def table_rows(figures: Mapping[str, Figures], titles: Mapping[str, str]) -> lis
             titles[row],
             interval(own, "accuracy", 100, 1),
             interval(own, "tokens", 1, 1),
+            f"{own['tokens_median']:.0f}",
             interval(own, "steps", 1, 2),
+            f"{100 * own['truncated']:.1f}",
             difference(own, "accuracy"),
             difference(own, "tokens_relative"),
         )
@@ -303,17 +388,30 @@ def markdown(splits: Mapping[str, Mapping[str, Figures]], titles: Mapping[str, s
         lines += [f"| {' | '.join(cells)} |" for cells in table_rows(figures, titles)]
         lines.append("")
     lines.append(
-        "95 % intervals, bootstrapped over questions, with all seeds' completions of a question together; "
-        "* differs from the first row at the 5 % level (paired bootstrap)."
+        "Means over completions with 95 % intervals, bootstrapped over questions, all seeds' completions of "
+        "a question together; cut off: by the length limit; * differs from the first row at the 5 % level "
+        "(paired bootstrap)."
     )
     return "\n".join(lines) + "\n"
+
+
+def earlier_markdown(results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """Which rows another first row was the base of; nothing where all have the same."""
+    if "earlier" not in results:
+        return ""
+    base = results["earlier"]["first_row"][results["study"]["pictured"]]
+    names = ", ".join(titles[row].strip() for row in results["earlier"]["rows"])
+    return (
+        f"\nOf an earlier run, whose first row had an accuracy of {100 * base['accuracy']:.1f} % with "
+        f"{base['tokens']:.1f} tokens: {names}.\n"
+    )
 
 
 def latex(splits: Mapping[str, Mapping[str, Figures]], titles: Mapping[str, str]) -> str:
     """The same tables for a paper; they need the package booktabs."""
     lines: list[str] = []
     for split, figures in splits.items():
-        lines += [f"% {split}", r"\begin{tabular}{lrrrrr}", r"\toprule"]
+        lines += [f"% {split}", rf"\begin{{tabular}}{{l{'r' * (len(HEAD) - 1)}}}", r"\toprule"]
         lines += [" & ".join(map(escaped, HEAD)) + r" \\", r"\midrule"]
         lines += [" & ".join(map(escaped, cells)) + r" \\" for cells in table_rows(figures, titles)]
         lines += [r"\bottomrule", r"\end{tabular}", ""]

@@ -230,14 +230,16 @@ def test_votes_join_right_answers_and_equal_wrong_ones():
 
 def test_written_completions_are_read_back_for_a_comparison(tmp_path):
     run = [
-        scored(p, s, "\\boxed{7}", RIGHT if p == 1 else WRONG, 5 + p + s) for p in range(3) for s in range(2)
+        scored(p, s, "\\boxed{7}", RIGHT if p == 1 else WRONG, 5 + p + s, cut=p == s)
+        for p in range(3)
+        for s in range(2)
     ]
     evaluate.write_completions(tmp_path / "completions.jsonl", run, (EOS,))
     mine = outcomes.recorded(run, outcomes.outcomes_of(run, (EOS,)))
     for against in (tmp_path, tmp_path / "results.json", tmp_path / "completions.jsonl"):
         read = outcomes.read_recorded(outcomes.find_completions(against, ""))
         assert read.questions == mine.questions
-        for name in ("correct", "tokens", "steps"):
+        for name in ("correct", "tokens", "steps", "truncated"):
             assert np.array_equal(getattr(read.outcomes, name), getattr(mine.outcomes, name))
 
 

@@ -74,7 +74,8 @@ def write_completions(folder, flags):
                 tokens = int(rng.integers(10, 20)) + (0 if trained else 30)
                 figures = {"correct": bool(rng.random() < 0.7), "tokens": tokens, "steps": tokens // 10}
                 asked = {"id": f"q/{question}", "prompt": f"Compute {question}+25-8."}
-                line = {**asked, "text": thought(question, trained), **figures, "truncated": False}
+                figures["truncated"] = bool(rng.random() < 0.3)
+                line = {**asked, "text": thought(question, trained), **figures}
                 file.write(json.dumps(line) + "\n")
 
 
@@ -186,6 +187,81 @@ def test_only_some_rows_and_the_one_they_are_compared_with(tmp_path, commands):
         study.main(make_study(), tmp_path, only="best")
 
 
+def with_own_row(**fields) -> ConfigDict:
+    """The study of `make_study`, and a row of somebody's own in its middle."""
+    study_of = make_study().unlock()
+    study_of.rows["mine"] = ConfigDict(row("Mine", train=["reward.beta=1"]))
+    study_of.order = ("vanilla", "mine", "better", "sft")
+    study_of.update(fields)
+    return study_of.lock()
+
+
+def test_row_of_ones_own_stands_among_those_of_an_earlier_study(tmp_path, commands):
+    study.main(make_study(), tmp_path / "published")
+    study.main(with_own_row(), tmp_path / "whole")
+    commands.run_so_far.clear()
+    published = tmp_path / "published" / "results.json"
+    study.main(with_own_row(), tmp_path / "own", beside=str(published))
+    assert len(commands.run_so_far) == 4 + 6  # of the first row, and of one's own
+    for name in ("results.json", "results.md", "results.tex", "pareto.png"):
+        assert (tmp_path / "own" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    study.main(with_own_row(), tmp_path / "own", only="sft", beside=str(published))
+    assert len(commands.run_so_far) == 4 + 6 + 6  # asked for by name
+    assert json.loads((tmp_path / "own" / "results.json").read_text())["rows"] == ["vanilla", "better", "sft"]
+
+
+def test_rows_that_another_first_row_was_the_base_of_are_named(tmp_path, commands):
+    study.main(make_study(), tmp_path / "published")
+    published = tmp_path / "published" / "results.json"
+    results = json.loads(published.read_text())
+    results["splits"]["test"]["vanilla"] |= {"accuracy": 0.125, "tokens": 77.0}
+    published.write_text(json.dumps(results))
+    study.main(with_own_row(), tmp_path / "own", beside=str(published))
+    said = "whose first row had an accuracy of 12.5 % with 77.0 tokens: Better, SFT."
+    assert said in (tmp_path / "own" / "results.md").read_text()
+    with pytest.raises(UserError, match="has rows of two runs with different first rows"):
+        study.main(with_own_row(), tmp_path / "own", beside=str(tmp_path / "own" / "results.json"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seeds": (0,)}, r"with config.seeds \[0, 1\]; here it is \[0\]"),
+        ({"evaluate": ("eval.samples=9",)}, r"with config.evaluate \[\]; here it is \['eval.samples=9'\]"),
+        ({"rows": {"sft": row("SFT", "imitate")}}, "with config.rows.sft {'evaluate': "),
+        ({"order": ("mine", "sft")}, "with the first of config.order vanilla; here it is mine"),
+    ],
+)
+def test_earlier_study_of_other_settings_is_refused(change, said, tmp_path, commands):
+    study.main(make_study(), tmp_path / "published")
+    ran = len(commands.run_so_far)
+    with pytest.raises(UserError, match=said):
+        study.main(
+            with_own_row(**change), tmp_path / "own", beside=str(tmp_path / "published" / "results.json")
+        )
+    assert len(commands.run_so_far) == ran
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"study": {}}'])
+def test_file_that_is_no_earlier_study_is_refused(text, tmp_path, commands):
+    path = tmp_path / "results.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"--beside: .*results.json is not a results.json of step_grpo.study"):
+        study.main(make_study(), tmp_path / "own", beside=str(path))
+    assert not commands.run_so_far
+
+
+def test_earlier_study_that_lacks_figures_is_refused(tmp_path, commands):
+    study.main(make_study(), tmp_path / "published")
+    path = tmp_path / "published" / "results.json"
+    results = json.loads(path.read_text())
+    del results["splits"]["test"]["sft"]
+    path.write_text(json.dumps(results))
+    with pytest.raises(UserError, match="lacks figures of some of its rows"):
+        study.main(make_study(), tmp_path / "own", beside=str(path))
+
+
 def test_figures_are_those_of_all_seeds_together(tmp_path, commands):
     study.main(make_study(), tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())["splits"]["test"]
@@ -198,6 +274,8 @@ def test_figures_are_those_of_all_seeds_together(tmp_path, commands):
         assert own["accuracy"] == pytest.approx(np.mean([line["correct"] for line in lines[name]]))
         assert own["tokens"] == pytest.approx(np.mean([line["tokens"] for line in lines[name]]))
         assert own["tokens_low"] < own["tokens"] < own["tokens_high"]
+        cut = np.mean([line["truncated"] for line in lines[name]])
+        assert own["truncated"] == pytest.approx(cut) and cut > 0
         assert np.mean(own["tokens_of_seeds"]) == pytest.approx(own["tokens"])
     saved = found["better"]["against_base"]["tokens_relative"]
     assert saved["mean"] == pytest.approx(found["better"]["tokens"] / found["vanilla"]["tokens"] - 1)
@@ -290,6 +368,7 @@ def test_tables_hold_every_row_and_mark_what_is_significant():
     ends = {f"{name}{end}": 1.0 for name in ("accuracy", "tokens", "steps") for end in ("", "_low", "_high")}
     against = {name: {"mean": -0.3, "low": -0.4, "high": -0.2, "p_value": p} for name, p in
                (("accuracy", 0.2), ("tokens_relative", 0.001))}  # fmt: skip
+    ends |= {"tokens_median": 7.0, "truncated": 0.125}
     figures = {"v": {**ends, "questions": 5}, "b_1": {**ends, "against_base": against}}
     text = markdown({"test": figures}, {"v": "vanilla", "b_1": "50 % & more"})
     assert "| 50 % & more | 100.0 (100.0 to 100.0) " in text
