@@ -8,8 +8,8 @@ are surer than it is right: with a delta of 0.95 nine rollouts in ten exit at th
 first step on, all of a group have the same number of steps, and what is left to learn is little. Twice the
 learning rate for half the steps cost two or three points of accuracy, in runs of one seed.
 
-In float32 the sampler's log-probs are the trainer's, but for rounding (`sampler_gap_rms` in `metrics.jsonl`
-is below 1e-6): computing them once more would cost a fifth of every update and change nothing.
+In float32 the sampler's log-probs are the trainer's, but for rounding (`policy_gap` in `metrics.jsonl` is
+1e-7): computing them once more would cost a fifth of every update and change nothing.
 """
 
 from step_grpo.config import data_config, small_config
