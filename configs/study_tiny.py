@@ -106,6 +106,7 @@ def get_config(arg=""):
             "test": ("eval.data.split=test", FRESH),
             "ood": ("eval.data.split=ood", FRESH, "eval.data.count=150", "eval.questions=150"),
         },
+        also_against=("step_grpo",),
         reliability=("vanilla", "grpo", "step_grpo"),
         seconds={"train": 220.0, "imitate": 80.0, "verifier": 240.0, "evaluate": 16.0, "probe": 15.0},
     )

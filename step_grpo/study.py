@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from step_grpo import cli
 from step_grpo.errors import UserError
 from step_grpo.study_config import validate_study
-from step_grpo.study_results import PROBES, STATIC, read_earlier, write_results
+from step_grpo.study_results import PROBES, STATIC, Results, read_earlier, write_results
 
 TRAINERS = {
     "train": "step_grpo.main",
@@ -92,16 +92,33 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/study"), only: str = 
     left = [stage for stage in everything if not stage.finished]
     print(f"{len(rows)} rows, {len(everything)} commands, {len(left)} to run: about {clock.told(left)}")
     failed: list[str] = []
+    written = False
     for row, stages in plan.items():
+        known = is_finished(stages)
         failed += run_row(stages, left, workdir, clock)
-        if all(stage.finished for stage in stages):
-            write_results(config, workdir, [name for name in plan if is_finished(plan[name])], earlier)
-            print(f"{row} is finished; the table so far: {workdir / 'results.md'}", flush=True)
+        if is_finished(stages):
+            print(f"{row} is finished", flush=True)
+        if is_finished(stages) and not known:
+            written = write_finished(config, workdir, plan, earlier) or written
+    if not written:
+        write_finished(config, workdir, plan, earlier)
     if failed:
         raise UserError(
             f"{len(failed)} commands failed, and what follows from them was left out: {failed[0]}"
         )
     print(f"table: {workdir / 'results.md'}\npictures: {workdir / 'pareto.png'}, calibration.png beside it")
+
+
+def write_finished(
+    config: ConfigDict, workdir: Path, plan: Mapping[str, Sequence[Stage]], earlier: Results | None
+) -> bool:
+    """Writes the results of the rows that are finished; False where the first is not, for want of a base."""
+    rows = [row for row, stages in plan.items() if is_finished(stages)]
+    if rows[:1] != [config.order[0]]:
+        return False
+    write_results(config, workdir, rows, earlier)
+    print(f"the table so far, of {len(rows)} rows: {workdir / 'results.md'}", flush=True)
+    return True
 
 
 def is_finished(stages: Sequence[Stage]) -> bool:

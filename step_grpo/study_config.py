@@ -30,9 +30,10 @@ def study_config(rows: dict[str, ConfigDict], **fields: Any) -> ConfigDict:
     """A study of these rows; `fields` replace the defaults.
 
     config: the config file of every run; checkpoint: what every training begins with; seeds: of each row;
-    order: the rows of the table, the first is what the others are compared with; train, evaluate: overrides
-    for all trainings and all evaluations; splits: name -> overrides; pictured: the split of the picture;
-    probed_questions: so many of its questions are probed, one completion each, 0 for all of all;
+    order: the rows of the table, the first is what the others are compared with; also_against: rows that all
+    are compared with in a table of their own; train, evaluate: overrides for all trainings and all
+    evaluations; splits: name -> overrides; pictured: the split of the picture; probed_questions: so many of
+    its questions are probed, one completion each, 0 for all of all;
     reliability: rows whose reliability curves are drawn; seconds: expected of a command, by its kind.
     """
     config = ConfigDict(
@@ -41,6 +42,7 @@ def study_config(rows: dict[str, ConfigDict], **fields: Any) -> ConfigDict:
             "checkpoint": "builtin:tiny",
             "seeds": (0, 1, 2),
             "order": tuple(rows),  # a ConfigDict sorts its fields
+            "also_against": (),
             "train": (),
             "evaluate": (),
             "splits": {"test": ()},
@@ -78,6 +80,8 @@ def validate_study(config: ConfigDict) -> None:
     require(config.pictured in config.splits, "pictured", config.pictured, "one of config.splits")
     probed = config.probed_questions
     require(probed >= 0, "probed_questions", probed, "a number of questions; 0 for every completion")
+    compared = set(config.also_against) <= set(config.order)
+    require(compared, "also_against", config.also_against, f"rows; there are {', '.join(config.order)}")
     drawn = set(config.reliability) <= set(config.rows)
     require(drawn, "reliability", config.reliability, f"rows; there are {', '.join(config.rows)}")
     for kind, seconds in config.seconds.items():

@@ -120,7 +120,15 @@ def beside_earlier(own: Results, earlier: Results) -> Results:
         found = {**mine, **{row: theirs[row] for row in carried if row in theirs}}
         return {row: found[row] for row in order if row in found}
 
-    splits = {split: both(figures, earlier["splits"][split]) for split, figures in own["splits"].items()}
+    def both_splits(mine: Mapping[str, Figures], theirs: Mapping[str, Figures]) -> dict[str, Figures]:
+        kept = {}
+        for row, figures in theirs.items():
+            against = figures["against"].items()
+            same = {name: found for name, found in against if mine.get(name) in (None, theirs[name])}
+            kept[row] = {**figures, "against": same}
+        return both(mine, kept)
+
+    splits = {split: both_splits(mine, earlier["splits"][split]) for split, mine in own["splits"].items()}
     results = {**own, "rows": [row for row in order if row in {*own["rows"], *carried}], "splits": splits}
     results["pareto"] = pareto_front(splits[own["study"]["pictured"]])
     results |= {part: both(own[part], earlier[part]) for part in OF_A_ROW}
@@ -142,6 +150,7 @@ def every_table(results: Mapping[str, Any]) -> str:
     return (
         markdown(results["splits"], titles)
         + earlier_markdown(results, titles)
+        + against_markdown(results, titles)
         + learnt_markdown(results["learnt"], titles)
         + calibration_markdown(results["calibration"], titles)
         + rebatching_markdown(results["rebatching"], titles)
@@ -152,7 +161,11 @@ def split_figures(config: ConfigDict, workdir: Path, rows: Sequence[str], split:
     """The figures of each row on one split."""
     runs = {row: read_seeds(workdir, row, config.seeds, split) for row in rows}
     base = runs[config.order[0]]
-    return {row: row_figures(row != config.order[0], base, run) for row, run in runs.items()}
+    figures = {row: row_figures(row != config.order[0], base, run) for row, run in runs.items()}
+    for row, own in figures.items():
+        others = [other for other in config.also_against if other in runs and other != row]
+        own["against"] = {other: differences(*on_common(runs[other], runs[row])) for other in others}
+    return figures
 
 
 def read_seeds(workdir: Path, row: str, seeds: Sequence[int], split: str) -> list[Recorded]:
@@ -172,8 +185,7 @@ def row_figures(compared: bool, base: Sequence[Recorded], runs: Sequence[Recorde
         base: of the base row.
         runs: of this row, in the order of the same seeds.
     """
-    pairs = [on_common_questions(b, r) for b, r in zip(base, runs, strict=True)]
-    merged_base, merged = (beside([pair[i] for pair in pairs]) for i in (0, 1))
+    merged_base, merged = on_common(base, runs)
     of_seeds = [run.outcomes for run in runs]
     found: Figures = {
         **statistics.named("accuracy", statistics.accuracy_interval(merged.correct)),
@@ -186,9 +198,19 @@ def row_figures(compared: bool, base: Sequence[Recorded], runs: Sequence[Recorde
         "tokens_of_seeds": [float(run.tokens.mean()) for run in of_seeds],
     }
     if compared:
-        differences = statistics.compare(merged_base, merged)
-        found["against_base"] = {name: vars(difference) for name, difference in differences.items()}
+        found["against_base"] = differences(merged_base, merged)
     return found
+
+
+def on_common(base: Sequence[Recorded], runs: Sequence[Recorded]) -> tuple[Outcomes, Outcomes]:
+    """All seeds together, of two rows on the questions that both were asked."""
+    pairs = [on_common_questions(b, r) for b, r in zip(base, runs, strict=True)]
+    return beside([pair[0] for pair in pairs]), beside([pair[1] for pair in pairs])
+
+
+def differences(base: Outcomes, other: Outcomes) -> dict[str, Figures]:
+    """What `statistics.compare` finds, as JSON."""
+    return {name: vars(difference) for name, difference in statistics.compare(base, other).items()}
 
 
 def beside(runs: Sequence[Outcomes]) -> Outcomes:
@@ -352,12 +374,7 @@ def table_rows(figures: Mapping[str, Figures], titles: Mapping[str, str]) -> lis
         return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
     def difference(own: Figures, name: str) -> str:
-        if "against_base" not in own:
-            return ""
-        found = own["against_base"][name]
-        mean, low, high = (100 * found[end] for end in ("mean", "low", "high"))
-        star = "*" if found["p_value"] < 1 - statistics.LEVEL else ""
-        return f"{mean:+.1f}{star} ({low:+.1f} to {high:+.1f})"
+        return told(own["against_base"][name]) if "against_base" in own else ""
 
     return [
         (
@@ -372,6 +389,13 @@ def table_rows(figures: Mapping[str, Figures], titles: Mapping[str, str]) -> lis
         )
         for row, own in figures.items()
     ]
+
+
+def told(found: Mapping[str, float]) -> str:
+    """A difference in hundredths with its interval, and a star where it is significant."""
+    mean, low, high = (100 * found[end] for end in ("mean", "low", "high"))
+    star = "*" if found["p_value"] < 1 - statistics.LEVEL else ""
+    return f"{mean:+.1f}{star} ({low:+.1f} to {high:+.1f})"
 
 
 def markdown(splits: Mapping[str, Mapping[str, Figures]], titles: Mapping[str, str]) -> str:
@@ -405,6 +429,24 @@ def earlier_markdown(results: Mapping[str, Any], titles: Mapping[str, str]) -> s
         f"\nOf an earlier run, whose first row had an accuracy of {100 * base['accuracy']:.1f} % with "
         f"{base['tokens']:.1f} tokens: {names}.\n"
     )
+
+
+def against_markdown(results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """A table for each row of `config.also_against`: how the others differ from it, on every split."""
+    lines: list[str] = []
+    for name in results["study"]["also_against"]:
+        splits = results["splits"]
+        head = ["", *(f"{split}: {what}" for split in splits for what in ("accuracy, points", "tokens, %"))]
+        rows = []
+        for row in results["rows"]:
+            found = [figures[row]["against"].get(name) for figures in splits.values()]
+            if all(found):
+                cells = [told(one[what]) for one in found for what in ("accuracy", "tokens_relative")]
+                rows.append(f"| {' | '.join([titles[row], *cells])} |")
+        if rows:
+            table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
+            lines += ["", f"## Against {titles[name].strip()}", "", *table]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def latex(splits: Mapping[str, Mapping[str, Figures]], titles: Mapping[str, str]) -> str:

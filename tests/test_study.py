@@ -174,6 +174,26 @@ def test_failed_command_stops_its_seed_alone_and_is_told(tmp_path, commands, cap
     assert "log.txt" in capsys.readouterr().out
 
 
+def test_first_row_that_failed_leaves_the_others_without_a_table(tmp_path, commands):
+    """There is nothing to compare them with; run again, the same line mends it."""
+    commands.failing = "vanilla/seed1"
+    with pytest.raises(UserError, match=r"1 commands failed.*vanilla, seed 1: evaluate test ended with 1"):
+        study.main(make_study(), tmp_path)
+    assert (tmp_path / "rows/sft/seed1/test/evaluation.json").exists()
+    assert not (tmp_path / "results.json").exists()
+    commands.failing = ""
+    study.main(make_study(), tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == ["vanilla", "better", "sft"]
+
+
+def test_finished_study_is_written_once_more_and_not_for_every_row(tmp_path, commands, monkeypatch):
+    study.main(make_study(), tmp_path)
+    written = []
+    monkeypatch.setattr(study, "write_results", lambda *arguments: written.append(arguments[2]))
+    study.main(make_study(), tmp_path)
+    assert written == [["vanilla", "better", "sft"]]
+
+
 def test_folder_of_another_command_is_refused(tmp_path, commands):
     study.main(make_study(), tmp_path)
     with pytest.raises(UserError, match="rows/vanilla/seed0/test was made with other settings"):
@@ -240,6 +260,34 @@ def test_earlier_study_of_other_settings_is_refused(change, said, tmp_path, comm
             with_own_row(**change), tmp_path / "own", beside=str(tmp_path / "published" / "results.json")
         )
     assert len(commands.run_so_far) == ran
+
+
+def test_rows_are_compared_with_others_than_the_first_too(tmp_path, commands):
+    study.main(make_study(also_against=("better",)), tmp_path / "published")
+    published = tmp_path / "published" / "results.json"
+    results = json.loads(published.read_text())
+    found = results["splits"]["test"]
+    assert {row: list(own["against"]) for row, own in found.items()} == {
+        "vanilla": ["better"],
+        "better": [],
+        "sft": ["better"],
+    }
+    for own in (found["vanilla"], found["sft"]):
+        difference = own["against"]["better"]["tokens"]["mean"]
+        assert difference == pytest.approx(own["tokens"] - found["better"]["tokens"])
+    table = (tmp_path / "published" / "results.md").read_text().partition("## Against Better\n")[2]
+    assert [line.split(" | ")[0] for line in table.split("\n")[3:5]] == ["| vanilla", "| SFT"]
+    # Of a row that is not run here there are no completions to compare one's own with.
+    config = with_own_row(also_against=("better",))
+    study.main(config, tmp_path / "own", beside=str(published))
+    own = json.loads((tmp_path / "own" / "results.json").read_text())["splits"]["test"]
+    assert own["sft"] == found["sft"] and own["mine"]["against"] == {}
+    # Run here with another outcome, it is not the row that the carried ones were compared with.
+    found["better"]["tokens"] += 1
+    published.write_text(json.dumps(results))
+    study.main(config, tmp_path / "own", only="better,mine", beside=str(published))
+    own = json.loads((tmp_path / "own" / "results.json").read_text())["splits"]["test"]
+    assert own["sft"]["against"] == {} and list(own["mine"]["against"]) == ["better"]
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"study": {}}'])
