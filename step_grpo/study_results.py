@@ -18,12 +18,7 @@ from step_grpo.statistics import Outcomes
 
 STATIC = "static"  # ends the name of an evaluation in static batches
 PROBES = "probes"  # folder of a row's first seed with the probes of its completions
-NOT_SHARED = (
-    "order",
-    "rows",
-    "seconds",
-    "reliability",
-)  # fields in which studies of the same rows may differ
+NOT_SHARED = ("order", "rows", "seconds", "reliability")  # in these a study may differ from an earlier one
 Figures = dict[str, Any]
 
 
@@ -121,21 +116,26 @@ def beside_earlier(own: Results, earlier: Results) -> Results:
         return {row: found[row] for row in order if row in found}
 
     def both_splits(mine: Mapping[str, Figures], theirs: Mapping[str, Figures]) -> dict[str, Figures]:
-        kept = {}
-        for row, figures in theirs.items():
-            against = figures["against"].items()
-            same = {name: found for name, found in against if mine.get(name) in (None, theirs[name])}
-            kept[row] = {**figures, "against": same}
-        return both(mine, kept)
+        found = both(mine, theirs)
+        same = {row for row in found if row in theirs and alone(found[row]) == alone(theirs[row])}
+        for row in same:  # of two rows that are as before the difference is, too
+            known = {name: one for name, one in theirs[row]["against"].items() if name in same}
+            found[row] = {**found[row], "against": known | (mine[row]["against"] if row in mine else {})}
+        return found
 
     splits = {split: both_splits(mine, earlier["splits"][split]) for split, mine in own["splits"].items()}
     results = {**own, "rows": [row for row in order if row in {*own["rows"], *carried}], "splits": splits}
     results["pareto"] = pareto_front(splits[own["study"]["pictured"]])
     results |= {part: both(own[part], earlier[part]) for part in OF_A_ROW}
     base = {split: figures[order[0]] for split, figures in earlier["splits"].items()}
-    if carried and any(base[split] != figures[order[0]] for split, figures in splits.items()):
+    if carried and any(alone(base[split]) != alone(figures[order[0]]) for split, figures in splits.items()):
         results["earlier"] = {"rows": carried, "first_row": base}
     return results
+
+
+def alone(figures: Figures) -> Figures:
+    """The figures of a row without its differences from rows other than the first."""
+    return {name: value for name, value in figures.items() if name != "against"}
 
 
 def titles_of(results: Mapping[str, Any]) -> dict[str, str]:

@@ -280,14 +280,17 @@ def test_rows_are_compared_with_others_than_the_first_too(tmp_path, commands):
     # Of a row that is not run here there are no completions to compare one's own with.
     config = with_own_row(also_against=("better",))
     study.main(config, tmp_path / "own", beside=str(published))
-    own = json.loads((tmp_path / "own" / "results.json").read_text())["splits"]["test"]
-    assert own["sft"] == found["sft"] and own["mine"]["against"] == {}
+    results_here = json.loads((tmp_path / "own" / "results.json").read_text())
+    own = results_here["splits"]["test"]
+    assert all(own[row] == found[row] for row in found) and own["mine"]["against"] == {}
+    assert "earlier" not in results_here  # the first row is as it was
     # Run here with another outcome, it is not the row that the carried ones were compared with.
     found["better"]["tokens"] += 1
     published.write_text(json.dumps(results))
     study.main(config, tmp_path / "own", only="better,mine", beside=str(published))
     own = json.loads((tmp_path / "own" / "results.json").read_text())["splits"]["test"]
     assert own["sft"]["against"] == {} and list(own["mine"]["against"]) == ["better"]
+    assert list(own["vanilla"]["against"]) == ["better"]  # with the one that was run here
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"study": {}}'])
