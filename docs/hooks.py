@@ -39,10 +39,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     known = set(todo)
     while todo:
         here = todo.pop()
-        for target in sorted(pictured(here) - known):
+        for target in sorted(outside(here, IMAGE) - known):
             known.add(target)
             files.append(File.generated(config, page_of(target), abs_src_path=str(ROOT / target)))
-        for target in sorted(linked(here) - known):
+        for target in sorted(outside(here, LINK) - known):
             known.add(target)
             files.append(File.generated(config, page_of(target), content=as_page(target)))
             todo.append(target)
@@ -88,19 +88,12 @@ def file_of(page: str) -> str:
     return path if (ROOT / path).is_file() else path.removesuffix(".md")
 
 
-def linked(here: str) -> set[str]:
-    """The files of the repository that a Markdown file or a notebook links."""
+def outside(here: str, pattern: re.Pattern[str]) -> set[str]:
+    """The files outside of `docs/`, all of which is copied, that a Markdown file or a notebook names."""
     if not here.endswith((".md", ".ipynb")):
         return set()
     text = CODE.sub("", as_page(here))
-    targets = (resolved(here, match[2]) for match in LINK.finditer(text) if ":" not in match[2])
-    return {target for target in targets if not target.startswith("docs/") and (ROOT / target).is_file()}
-
-
-def pictured(here: str) -> set[str]:
-    """The pictures outside of `docs/`, all of which is copied, that a Markdown file shows."""
-    text = CODE.sub("", as_page(here)) if here.endswith(".md") else ""
-    targets = {resolved(here, match[2]) for match in IMAGE.finditer(text)}
+    targets = (resolved(here, match[2]) for match in pattern.finditer(text) if ":" not in match[2])
     return {target for target in targets if not target.startswith("docs/") and (ROOT / target).is_file()}
 
 
