@@ -45,7 +45,7 @@ def completion(number: int, text: str, correct: bool) -> dict[str, Any]:
     return {
         **{"id": f"q{number}", "sample": 0, "prompt": f"What is {number}?", "answer": str(number)},
         **{"text": text, "correct": correct, "tokens": len(text), "steps": 1 + text.count("Wait")},
-        "exit_reason": "natural",
+        **{"exit_reason": "natural", "truncated": False},
     }
 
 
