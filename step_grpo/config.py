@@ -149,7 +149,8 @@ def base_config() -> ConfigDict:
         "base": "dense",
     }
     reward = {
-        "name": "step_aware",  # or `accuracy`, `length_penalty`, `grpo_lambda`; `none`, functions alone
+        # Or `accuracy`, `length_penalty`, `grpo_lambda`, `kimi_length`; `none`, functions alone.
+        "name": "step_aware",
         "functions": (),  # your own, as "module:function", added to it (docs/your_own.md)
         "alpha": 0.9,
         "beta": 0.5,

@@ -171,6 +171,46 @@ def grpo_lambda(
     return np.where(mostly_correct, penalised, accuracy_format(correct, formatted, alpha=alpha))
 
 
+def kimi_length(
+    correct: ArrayLike,
+    formatted: ArrayLike,
+    tokens: ArrayLike,
+    *,
+    alpha: float = 0.9,
+    penalty: float = 0.5,
+) -> Array:
+    """The length reward of Kimi k1.5: a token penalty relative to the group, for wrong completions too.
+
+    `R = alpha * acc + (1 - alpha) * fmt + penalty * r`, with `r = l` for a correct completion and `min(0, l)`
+    for a wrong one, where `l = 0.5 - (n - shortest) / (longest - shortest)` over the whole group. A group of
+    one length has r = 0. Other than `length_penalty` it makes long failures worse than short ones.
+
+    Args:
+        correct: acc, 0 or 1, `[prompts, samples]`.
+        formatted: fmt, 0 or 1, `[prompts, samples]`.
+        tokens: n, tokens of the completion, `[prompts, samples]`.
+        alpha: Weight of correctness against format, in [0, 1].
+        penalty: Weight of the length reward, in [0, 1].
+
+    Returns:
+        Rewards, float64 `[prompts, samples]`.
+
+    Raises:
+        UserError: A setting is out of range.
+        ValueError: The arrays differ in shape or hold other values.
+
+    Source: Kimi Team, "Kimi k1.5: Scaling Reinforcement Learning with LLMs" (arXiv 2501.12599), 2.3.3.
+    """
+    _check_fraction("penalty", penalty)
+    acc, fmt = _indicator("correct", correct), _indicator("formatted", formatted)
+    n = _counts("tokens", tokens, least=0)
+    _check_shapes(correct=acc, formatted=fmt, tokens=n)
+    spread = np.ptp(n, axis=1, keepdims=True)
+    longer = n - n.min(axis=1, keepdims=True)
+    short = np.where(spread > 0, 0.5 - longer / np.maximum(spread, 1), 0.0)
+    return _combine(acc, fmt, alpha) + penalty * np.where(acc > 0, short, np.minimum(short, 0.0))
+
+
 class _Settings(NamedTuple):
     alpha: float
     beta: float
@@ -198,6 +238,7 @@ _REWARDS: dict[str, _Reward] = {
         penalty_from=use.penalty_from,
         max_tokens=use.max_tokens,
     ),
+    "kimi_length": lambda acc, fmt, k, n, use: kimi_length(acc, fmt, n, alpha=use.alpha, penalty=use.penalty),
     "none": lambda acc, fmt, k, n, use: np.zeros_like(_indicator("correct", acc)),
 }
 NAMES = tuple(_REWARDS)
@@ -229,7 +270,7 @@ def score(
         alpha: As in each reward.
         beta: As in `step_aware`.
         baseline: As in `step_aware`.
-        length_penalty: The `penalty` of `length_penalty` and `grpo_lambda`.
+        length_penalty: The `penalty` of `length_penalty`, `grpo_lambda` and `kimi_length`.
         penalty_from: As in `grpo_lambda`.
         max_tokens: As in the function `length_penalty`.
 

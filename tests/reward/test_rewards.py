@@ -12,6 +12,7 @@ from step_grpo.reward.rewards import (
     NAMES,
     accuracy_format,
     grpo_lambda,
+    kimi_length,
     length_penalty,
     score,
     step_aware,
@@ -163,6 +164,31 @@ def test_grpo_lambda_of_every_group_is_the_length_penalty(group, penalty) -> Non
     )
 
 
+def kimi_length_by_hand(acc, fmt, n, *, penalty):
+    """Kimi k1.5, arXiv 2501.12599, section 2.3.3, one completion at a time."""
+    rewards = np.zeros(np.shape(n))
+    for g, tokens in enumerate(n):
+        for i, own in enumerate(tokens):
+            length = 0.0
+            if min(tokens) < max(tokens):
+                length = 0.5 - (int(own) - int(min(tokens))) / (int(max(tokens)) - int(min(tokens)))
+            if not acc[g][i]:
+                length = min(0.0, length)
+            rewards[g, i] = 0.9 * bool(acc[g][i]) + 0.1 * bool(fmt[g][i]) + penalty * length
+    return rewards
+
+
+@given(groups(), fractions)
+def test_kimi_length_equals_the_formula_written_with_loops(group, penalty) -> None:
+    rewards = kimi_length(*group, penalty=penalty)
+    np.testing.assert_allclose(rewards, kimi_length_by_hand(*group, penalty=penalty), rtol=1e-12, atol=1e-15)
+
+
+def test_kimi_length_makes_long_failures_worse_and_short_ones_no_better() -> None:
+    rewards = kimi_length([[1, 1, 0, 0], [0, 0, 0, 0]], np.zeros((2, 4)), [[10, 30, 10, 30]] * 2, penalty=0.4)
+    np.testing.assert_allclose(rewards, [[0.9 + 0.2, 0.9 - 0.2, 0, -0.2], [0, -0.2, 0, -0.2]])
+
+
 def test_score_dispatches_by_name() -> None:
     correct, formatted, steps, tokens = [[1, 1, 0]], [[1, 1, 0]], [[1, 4, 2]], [[10, 90, 50]]
     expected = {
@@ -170,6 +196,7 @@ def test_score_dispatches_by_name() -> None:
         "accuracy": accuracy_format(correct, formatted),
         "length_penalty": length_penalty(correct, formatted, tokens, penalty=0.5, max_tokens=100),
         "grpo_lambda": grpo_lambda(correct, formatted, tokens, penalty=0.5, penalty_from=0.5, max_tokens=100),
+        "kimi_length": kimi_length(correct, formatted, tokens, penalty=0.5),
         "none": np.zeros((1, 3)),
     }
     assert set(expected) == set(NAMES)
@@ -186,6 +213,7 @@ def test_score_passes_every_setting_on() -> None:
         "accuracy": {"alpha"},
         "length_penalty": {"alpha", "length_penalty", "max_tokens"},
         "grpo_lambda": {"alpha", "length_penalty", "penalty_from", "max_tokens"},
+        "kimi_length": {"alpha", "length_penalty"},
     }
     other = {"alpha": 0.5, "beta": 0.25, "baseline": "all", "length_penalty": 0.25, "max_tokens": 200}
     other |= {"penalty_from": 0.75}
@@ -207,6 +235,7 @@ def test_score_passes_every_setting_on() -> None:
         ("length_penalty", "length_penalty", 2.0),
         ("length_penalty", "max_tokens", 0),
         ("grpo_lambda", "penalty_from", 1.5),
+        ("kimi_length", "length_penalty", -0.1),
     ],
 )
 def test_wrong_setting_is_a_user_error_that_names_it(name: str, field: str, value: Any) -> None:
