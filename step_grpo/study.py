@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from step_grpo import cli
 from step_grpo.errors import UserError
 from step_grpo.study_config import validate_study
-from step_grpo.study_results import PROBES, STATIC, Results, read_earlier, write_results
+from step_grpo.study_results import PROBES, STATIC, TRAINING, Results, read_earlier, write_results
 
 TRAINERS = {
     "train": "step_grpo.main",
@@ -153,7 +153,7 @@ def stages_of(row: str, config: ConfigDict, workdir: Path) -> Iterator[Stage]:
         asked: tuple[str, ...] = ()
         if settings.kind != UNTRAINED:
             overrides = (*config.train, *settings.train)
-            out = folder / "training"
+            out = folder / TRAINING
             command = command_of(settings.kind, config, seed, out, overrides)
             yield Stage(row, seed, settings.kind, out, command)
             if settings.kind == VERIFIER:

@@ -16,6 +16,7 @@ from step_grpo.errors import UserError
 from step_grpo.outcomes import Recorded, on_common_questions, read_recorded
 from step_grpo.statistics import Outcomes
 
+TRAINING = "training"  # folder of a seed with its training
 STATIC = "static"  # ends the name of an evaluation in static batches
 PROBES = "probes"  # folder of a row's first seed with the probes of its completions
 NOT_SHARED = ("order", "rows", "seconds", "reliability")  # in these a study may differ from an earlier one
@@ -23,7 +24,7 @@ Figures = dict[str, Any]
 
 
 Results = dict[str, Any]  # what `results.json` holds
-OF_A_ROW = ("rebatching", "learnt", "calibration")  # parts of it with an entry a row, beside the splits
+OF_A_ROW = ("rebatching", "learnt", "rollouts", "calibration")  # all have an entry a row
 
 
 def write_results(
@@ -66,6 +67,7 @@ def results_of(config: ConfigDict, workdir: Path, rows: Sequence[str]) -> Result
         "pareto": pareto_front(splits[config.pictured]),
         "rebatching": {row: rebatching(config, workdir, row) for row in rows},
         "learnt": {row: learnt(config, workdir, row) for row in rows},
+        "rollouts": {row: rollouts(config, workdir, row) for row in rows},
         "calibration": calibrations(config, workdir, rows),
     }
 
@@ -152,6 +154,7 @@ def every_table(results: Mapping[str, Any]) -> str:
         + earlier_markdown(results, titles)
         + against_markdown(results, titles)
         + learnt_markdown(results["learnt"], titles)
+        + rollouts_markdown(results["rollouts"], titles)
         + calibration_markdown(results["calibration"], titles)
         + rebatching_markdown(results["rebatching"], titles)
     )
@@ -270,6 +273,45 @@ def learnt_markdown(figures: Mapping[str, Figures | None], titles: Mapping[str, 
         "Means over completions, read from the texts. A useful check repairs a slip, a redundant one "
         "confirms what is right, a missed one lets a slip pass, a harmful one replaces what was right.",
     ]
+    return "\n".join(lines) + "\n"
+
+
+def rollouts(config: ConfigDict, workdir: Path, row: str) -> Figures | None:
+    """What a row's training was given to learn from: means over its steps, and over the seeds.
+
+    Returns:
+        The share of completions that were right (`accuracy`) and that the exit policy cut short (`exited`),
+        of groups with one reward for all (`equal_groups`), and tokens a completion in the `first` and the
+        `last` step. None for a row that no rollouts trained.
+    """
+    if config.rows[row].kind != "train":
+        return None
+    seeds = []
+    for seed in config.seeds:
+        path = workdir / "rows" / row / f"seed{seed}" / TRAINING / "metrics.jsonl"
+        seeds.append([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    steps = [step for lines in seeds for step in lines]
+    names = {"accuracy": "accuracy", "exited": "exit_early_exit", "equal_groups": "equal_groups"}
+    return {
+        **{name: float(np.mean([step[column] for step in steps])) for name, column in names.items()},
+        "first": float(np.mean([lines[0]["tokens"] for lines in seeds])),
+        "last": float(np.mean([lines[-1]["tokens"] for lines in seeds])),
+    }
+
+
+def rollouts_markdown(figures: Mapping[str, Figures | None], titles: Mapping[str, str]) -> str:
+    """The same as a table; nothing where no row was trained by rollouts."""
+    trained = {row: own for row, own in figures.items() if own}
+    if not trained:
+        return ""
+    head = ("", "right", "cut short by an exit", "groups of one reward", "tokens, first step", "last step")
+    lines = ["", "## What the rollouts were", ""]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row, own in trained.items():
+        cells = [f"{own[name]:.1%}" for name in ("accuracy", "exited", "equal_groups")]
+        cells += [f"{own[name]:.1f}" for name in ("first", "last")]
+        lines.append(f"| {titles[row]} | {' | '.join(cells)} |")
+    lines += ["", "Of the completions that trained a row: means over the steps and the seeds."]
     return "\n".join(lines) + "\n"
 
 

@@ -54,6 +54,7 @@ class Commands:
             (folder / "calibration.json").write_text(json.dumps({"completions": QUESTIONS, **figures}))
         else:
             (folder / "result.json").write_text("{}")
+            write_metrics(folder, int(flags["config.seed"]))
         return 0
 
 
@@ -77,6 +78,15 @@ def write_completions(folder, flags):
                 figures["truncated"] = bool(rng.random() < 0.3)
                 line = {**asked, "text": thought(question, trained), **figures}
                 file.write(json.dumps(line) + "\n")
+
+
+def write_metrics(folder, seed):
+    """Two steps, the second one shorter and better."""
+    steps = [
+        {"accuracy": 0.5, "exit_early_exit": 0.25, "equal_groups": 0.5, "tokens": 30 + seed},
+        {"accuracy": 0.7, "exit_early_exit": 0.15, "equal_groups": 0.0, "tokens": 20 + seed},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
 
 
 @pytest.fixture(name="commands")
@@ -356,6 +366,17 @@ def test_what_the_thoughts_do_is_read_from_the_texts(tmp_path, commands):
         path.write_text(path.read_text().replace("Compute", "Work out"))
     study.main(make_study(), tmp_path)
     assert "What the thoughts do" not in (tmp_path / "results.md").read_text()
+
+
+def test_what_rollouts_trained_a_row_is_read_from_its_metrics(tmp_path, commands):
+    study.main(make_study(), tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())["rollouts"]
+    assert found["vanilla"] is None and found["sft"] is None  # one untrained, one trained on texts
+    wanted = {"accuracy": 0.6, "exited": 0.2, "equal_groups": 0.25, "first": 30.5, "last": 20.5}
+    assert found["better"] == pytest.approx(wanted)
+    text = (tmp_path / "results.md").read_text()
+    assert "| Better | 60.0% | 20.0% | 25.0% | 30.5 | 20.5 |" in text
+    assert text.partition("What the rollouts were")[2].partition("##")[0].count("| SFT |") == 0
 
 
 def test_probes_come_last_and_ask_of_the_evaluation_what_it_was_asked(tmp_path):
