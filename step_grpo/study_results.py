@@ -511,11 +511,14 @@ def escaped(text: str) -> str:
 
 
 def draw(figures: Mapping[str, Figures], titles: Mapping[str, str], front: Sequence[str], out: Path) -> None:
-    """Accuracy against tokens, a point a row with its intervals, and the Pareto front."""
+    """Accuracy against tokens, a point a row with its intervals, and the Pareto front.
+
+    Rows whose title is indented are variants of a method: their marks are hollow.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 (slow to import)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, max(6.0, 1.5 + 0.18 * len(figures))), layout="constrained")  # for the legend
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(
@@ -531,6 +534,7 @@ def draw(figures: Mapping[str, Figures], titles: Mapping[str, str], front: Seque
             xerr=[[x - own["tokens_low"]], [own["tokens_high"] - x]],
             yerr=[[y - 100 * own["accuracy_low"]], [100 * own["accuracy_high"] - y]],
             fmt=marks[i % len(marks)], color=f"C{i % 10}", capsize=2, elinewidth=0.8, label=titles[row],
+            markerfacecolor="white" if titles[row].startswith(" ") else f"C{i % 10}",
         )  # fmt: skip
     axes.set_xlabel("tokens a completion, mean")
     axes.set_ylabel("accuracy, %")
