@@ -153,6 +153,7 @@ def every_table(results: Mapping[str, Any]) -> str:
         markdown(results["splits"], titles)
         + earlier_markdown(results, titles)
         + against_markdown(results, titles)
+        + seeds_markdown(results, titles)
         + learnt_markdown(results["learnt"], titles)
         + rollouts_markdown(results["rollouts"], titles)
         + calibration_markdown(results["calibration"], titles)
@@ -488,6 +489,26 @@ def against_markdown(results: Mapping[str, Any], titles: Mapping[str, str]) -> s
         if rows:
             table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
             lines += ["", f"## Against {titles[name].strip()}", "", *table]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def seeds_markdown(results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """What each seed came to on the pictured split; nothing where there is one seed."""
+    seeds = results["study"]["seeds"]
+    if len(seeds) < 2:
+        return ""
+    split = results["study"]["pictured"]
+    names = [f"{what}, seed {seed}" for what in ("accuracy, %", "tokens") for seed in seeds]
+    lines = ["", f"## {split}, seed by seed", ""]
+    lines += [f"| {' | '.join(['', *names])} |", "|---" * (1 + len(names)) + "|"]
+    for row, own in results["splits"][split].items():
+        cells = [f"{100 * one:.1f}" for one in own["accuracy_of_seeds"]]
+        cells += [f"{one:.1f}" for one in own["tokens_of_seeds"]]
+        lines.append(f"| {' | '.join([titles[row], *cells])} |")
+    lines += [
+        "",
+        "Intervals above are of other questions; this is what another training, or sampling, changes.",
+    ]
     return "".join(f"{line}\n" for line in lines)
 
 

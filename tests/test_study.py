@@ -343,6 +343,17 @@ def test_figures_are_those_of_all_seeds_together(tmp_path, commands):
     assert saved["p_value"] < 0.05 and "against_base" not in found["vanilla"]
 
 
+def test_seeds_are_tabled_where_there_are_several(tmp_path, commands):
+    study.main(make_study(), tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())["splits"]["test"]["better"]
+    accuracy, tokens = found["accuracy_of_seeds"], found["tokens_of_seeds"]
+    cells = [*(f"{100 * one:.1f}" for one in accuracy), *(f"{one:.1f}" for one in tokens)]
+    table = (tmp_path / "results.md").read_text().partition("## test, seed by seed\n")[2]
+    assert f"| Better | {' | '.join(cells)} |" in table and len(set(tokens)) == 2
+    study.main(study_config(make_study().rows.to_dict(), seeds=(0,)), tmp_path / "one")
+    assert "seed by seed" not in (tmp_path / "one" / "results.md").read_text()
+
+
 def test_static_batches_are_compared_on_the_same_completions(tmp_path, commands):
     study.main(make_study(), tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
