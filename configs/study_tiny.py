@@ -3,8 +3,9 @@
 The rows of the paper's table and its ablations, each trained with three seeds, and evaluated on questions
 that no row was trained on: of the kind of the training (`test`), and harder ones (`ood`). It takes hours on
 two cores. `:extended` behind the file's name adds other losses, strengths of the reward and thresholds, all
-with the first seed alone; in the same workdir it goes on from the rows that are finished. `:short` takes
-minutes and says nothing.
+with the first seed alone; in the same workdir it goes on from the rows that are finished. `:long` trains
+three times as many updates, until no check is left and what a reward does next can be seen; its questions
+are a draw of their own, and its rows need a workdir of their own. `:short` takes minutes and says nothing.
 
 What all rows share is in `configs/study_run.py`, what is a method's own as in its paper. Five settings were
 chosen, all on validation questions: the number of steps and the learning rate, which all trainings share, the
@@ -18,7 +19,7 @@ from step_grpo.study_config import row, study_config
 
 CONFIG, CHECKPOINT = "configs/study_run.py", "builtin:study"
 PLAIN = ("rollout.exit=none",)  # rollouts that nothing cuts short
-FRESH = "eval.data.seed=1"  # draw 0 was looked at while settings were chosen
+FRESH = "eval.data.seed={}"  # draw 0 was looked at while settings were chosen
 DEER = ("rollout.delta=0.95",)  # of its paper
 # The tiny tokenizer has these two phrases, and spells the words of the defaults letter by letter.
 VERDICTS = ("rollout.yes_words=(', yes',)", "rollout.no_words=(', not ',)")
@@ -73,6 +74,17 @@ EXTENDED = {
 }
 
 
+# Three times the updates, of two thirds of the prompts each: until no check is left. What is trained on texts
+# has two thirds of the prompts.
+LONG = ("steps=120", "prompts_per_step=16", "grpo.prompts_per_update=16")
+LONG_ROWS = {
+    name: row(own.title, own.kind, [*own.train, "steps=40"], own.evaluate)
+    if own.kind in ("imitate", "verifier")
+    else own
+    for name, own in ROWS.items()
+}
+
+
 def short_study():
     """A few minutes, to see how it goes: what it says of the methods is nothing."""
     few = ("eval.data.count=32", "eval.questions=32")
@@ -90,21 +102,23 @@ def short_study():
 def get_config(arg=""):
     if arg == "short":
         return short_study()
-    if arg not in ("", "extended"):
+    if arg not in ("", "extended", "long"):
         raise UserError(
-            f"--config: unknown argument {arg!r} after the colon; there are 'extended' and 'short'"
+            f"--config: unknown argument {arg!r} after the colon; there are 'extended', 'long' and 'short'"
         )
+    rows = {"": ROWS, "extended": {**ROWS, **EXTENDED}, "long": LONG_ROWS}[arg]
+    draw = FRESH.format(2 if arg == "long" else 1)
     return study_config(
-        {**ROWS, **(EXTENDED if arg else {})},
+        rows,
         config=CONFIG,
         checkpoint=CHECKPOINT,
-        seeds=(0,) if arg else (0, 1, 2),
+        seeds=(0,) if arg == "extended" else (0, 1, 2),
         # The curves of a training are drawn on another split than the table, and on few questions.
-        train=("eval.data.split=validation", "eval.questions=66"),
+        train=(*(LONG if arg == "long" else ()), "eval.data.split=validation", "eval.questions=66"),
         evaluate=("eval.samples=4",),
         splits={
-            "test": ("eval.data.split=test", FRESH),
-            "ood": ("eval.data.split=ood", FRESH, "eval.data.count=150", "eval.questions=150"),
+            "test": ("eval.data.split=test", draw),
+            "ood": ("eval.data.split=ood", draw, "eval.data.count=150", "eval.questions=150"),
         },
         also_against=("step_grpo",),
         reliability=("vanilla", "grpo", "step_grpo"),

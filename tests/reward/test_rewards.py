@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from step_grpo.errors import UserError
+from step_grpo.grpo.advantages import group_advantages
 from step_grpo.reward.rewards import (
     NAMES,
     accuracy_format,
@@ -162,6 +163,16 @@ def test_grpo_lambda_of_every_group_is_the_length_penalty(group, penalty) -> Non
         grpo_lambda(*group, penalty=penalty, penalty_from=0.0, max_tokens=40),
         length_penalty(*group, penalty=penalty, max_tokens=40),
     )
+
+
+def test_strength_of_a_penalty_cancels_in_a_group_that_is_all_right() -> None:
+    def advantages(correct: Any, penalty: float) -> np.ndarray:
+        rewards = length_penalty(correct, [[1, 1, 1]], [[20, 60, 90]], penalty=penalty, max_tokens=100)
+        return group_advantages(rewards)
+
+    np.testing.assert_allclose(advantages([[1, 1, 1]], 0.25), advantages([[1, 1, 1]], 1.0), rtol=1e-4)
+    weak, strong = advantages([[1, 1, 0]], 0.25), advantages([[1, 1, 0]], 1.0)
+    assert strong[0, 0] - strong[0, 1] > 2 * (weak[0, 0] - weak[0, 1])
 
 
 def kimi_length_by_hand(acc, fmt, n, *, penalty):
