@@ -3,14 +3,14 @@
 The rows of the paper's table and its ablations, each trained with three seeds, and evaluated on questions
 that no row was trained on: of the kind of the training (`test`), and harder ones (`ood`). It takes hours on
 two cores. `:extended` behind the file's name adds other losses, strengths of the reward and thresholds, all
-with the first seed alone; in the same workdir it goes on from the rows that are finished. `:long` trains
-three times as many updates, until no check is left and what a reward does next can be seen; its questions
-are a draw of their own, and its rows need a workdir of their own. `:short` takes minutes and says nothing.
+with the first seed alone; in the same workdir it goes on from the rows that are finished. `:long` goes on
+with Step-GRPO and GRPO+LP until no check is left, to see what the rewards do next; its questions are a draw
+of their own, and it needs a workdir of its own. `:short` takes minutes and says nothing.
 
 What all rows share is in `configs/study_run.py`, what is a method's own as in its paper. Five settings were
 chosen, all on validation questions: the number of steps and the learning rate, which all trainings share, the
 delta of Step-GRPO's rollouts, the threshold of the sufficiency assessment, and the penalty of GRPO+LP, with
-which it needs about the tokens of Step-GRPO. The questions of the table are a draw of their own, which
+which it needs about the tokens of Step-GRPO. The questions of the tables are draws of their own, which
 nothing was ever chosen on.
 """
 
@@ -19,7 +19,6 @@ from step_grpo.study_config import row, study_config
 
 CONFIG, CHECKPOINT = "configs/study_run.py", "builtin:study"
 PLAIN = ("rollout.exit=none",)  # rollouts that nothing cuts short
-FRESH = "eval.data.seed={}"  # draw 0 was looked at while settings were chosen
 DEER = ("rollout.delta=0.95",)  # of its paper
 # The tiny tokenizer has these two phrases, and spells the words of the defaults letter by letter.
 VERDICTS = ("rollout.yes_words=(', yes',)", "rollout.no_words=(', not ',)")
@@ -74,15 +73,8 @@ EXTENDED = {
 }
 
 
-# Three times the updates, of two thirds of the prompts each: until no check is left. What is trained on texts
-# has two thirds of the prompts.
+# Three times the updates, of two thirds of the prompts each.
 LONG = ("steps=120", "prompts_per_step=16", "grpo.prompts_per_update=16")
-LONG_ROWS = {
-    name: row(own.title, own.kind, [*own.train, "steps=40"], own.evaluate)
-    if own.kind in ("imitate", "verifier")
-    else own
-    for name, own in ROWS.items()
-}
 
 
 def short_study():
@@ -99,28 +91,38 @@ def short_study():
     )
 
 
-def get_config(arg=""):
-    if arg == "short":
-        return short_study()
-    if arg not in ("", "extended", "long"):
-        raise UserError(
-            f"--config: unknown argument {arg!r} after the colon; there are 'extended', 'long' and 'short'"
-        )
-    rows = {"": ROWS, "extended": {**ROWS, **EXTENDED}, "long": LONG_ROWS}[arg]
-    draw = FRESH.format(2 if arg == "long" else 1)
+def whole_study(rows, seeds=(0, 1, 2), draw=1, train=(), drawn="grpo"):
+    """A study of these rows; `draw` of its questions, `train` overrides of its trainings."""
+    fresh = f"eval.data.seed={draw}"
     return study_config(
         rows,
         config=CONFIG,
         checkpoint=CHECKPOINT,
-        seeds=(0,) if arg == "extended" else (0, 1, 2),
+        seeds=seeds,
         # The curves of a training are drawn on another split than the table, and on few questions.
-        train=(*(LONG if arg == "long" else ()), "eval.data.split=validation", "eval.questions=66"),
+        train=(*train, "eval.data.split=validation", "eval.questions=66"),
         evaluate=("eval.samples=4",),
         splits={
-            "test": ("eval.data.split=test", draw),
-            "ood": ("eval.data.split=ood", draw, "eval.data.count=150", "eval.questions=150"),
+            "test": ("eval.data.split=test", fresh),
+            "ood": ("eval.data.split=ood", fresh, "eval.data.count=150", "eval.questions=150"),
         },
         also_against=("step_grpo",),
-        reliability=("vanilla", "grpo", "step_grpo"),
+        reliability=("vanilla", drawn, "step_grpo"),
         seconds={"train": 220.0, "imitate": 80.0, "verifier": 240.0, "evaluate": 16.0, "probe": 15.0},
     )
+
+
+def get_config(arg=""):
+    if arg == "short":
+        return short_study()
+    if arg == "extended":
+        return whole_study({**ROWS, **EXTENDED}, seeds=(0,))
+    if arg == "long":
+        # What a training longer than the others does was seen on draw 1.
+        rows = {name: ROWS[name] for name in ("vanilla", "grpo_lp", "step_grpo")}
+        return whole_study(rows, draw=2, train=LONG, drawn="grpo_lp")
+    if arg:
+        raise UserError(
+            f"--config: unknown argument {arg!r} after the colon; there are 'extended', 'long' and 'short'"
+        )
+    return whole_study(ROWS)

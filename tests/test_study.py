@@ -460,7 +460,7 @@ def test_tables_hold_every_row_and_mark_what_is_significant():
     assert escaped("a_b") == r"a\_b"
 
 
-@pytest.mark.parametrize("name", ["study_tiny.py:short", "study_tiny.py:extended"])
+@pytest.mark.parametrize("name", ["study_tiny.py:short", "study_tiny.py:extended", "study_tiny.py:long"])
 def test_overrides_of_the_configs_are_fields_of_what_they_run(name, tmp_path):
     config = cli.load_config(str(ROOT / "configs" / name))
     validate_study(config)
