@@ -92,7 +92,11 @@ def short_study():
 
 
 def whole_study(rows, seeds=(0, 1, 2), draw=1, train=(), drawn="grpo"):
-    """A study of these rows; `draw` of its questions, `train` overrides of its trainings."""
+    """A study of these rows; `train` are overrides of all trainings.
+
+    Its questions are those of `draw`; draw 0 was looked at while settings were chosen. `drawn` is the row whose
+    reliability stands beside those of the untrained model and of Step-GRPO.
+    """
     fresh = f"eval.data.seed={draw}"
     return study_config(
         rows,
@@ -118,7 +122,7 @@ def get_config(arg=""):
     if arg == "extended":
         return whole_study({**ROWS, **EXTENDED}, seeds=(0,))
     if arg == "long":
-        # What a training longer than the others does was seen on draw 1.
+        # That a longer training is worth a look was seen on draw 1.
         rows = {name: ROWS[name] for name in ("vanilla", "grpo_lp", "step_grpo")}
         return whole_study(rows, draw=2, train=LONG, drawn="grpo_lp")
     if arg:
