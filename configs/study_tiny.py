@@ -94,8 +94,8 @@ def short_study():
 def whole_study(rows, seeds=(0, 1, 2), draw=1, train=(), drawn="grpo"):
     """A study of these rows; `train` are overrides of all trainings.
 
-    Its questions are those of `draw`; draw 0 was looked at while settings were chosen. `drawn` is the row whose
-    reliability stands beside those of the untrained model and of Step-GRPO.
+    Its questions are those of `draw`; draw 0 was looked at while settings were chosen. `drawn` is the row
+    whose reliability stands beside those of the untrained model and of Step-GRPO.
     """
     fresh = f"eval.data.seed={draw}"
     return study_config(
