@@ -10,7 +10,7 @@ from step_grpo import cli
 from step_grpo.study_results import every_table, latex, pareto_front, titles_of
 
 STUDIES = {"study_tiny": "study_tiny.py", "study_tiny_extended": "study_tiny.py:extended"}  # folder, config
-WHOLE = {"study_tiny"}  # all rows of their configs were run
+WHOLE = {"study_tiny", "study_tiny_extended"}  # all rows of their configs were run
 
 
 def results_of(name: str) -> dict[str, Any]:
