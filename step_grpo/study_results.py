@@ -13,6 +13,7 @@ from step_grpo.calibration import draw_reliability
 from step_grpo.data.tasks.reading import family_of, read
 from step_grpo.data.tasks.thoughts import VERDICTS
 from step_grpo.errors import UserError
+from step_grpo.metrics import read_metrics
 from step_grpo.outcomes import Recorded, on_common_questions, read_recorded
 from step_grpo.statistics import Outcomes
 
@@ -24,7 +25,7 @@ Figures = dict[str, Any]
 
 
 Results = dict[str, Any]  # what `results.json` holds
-OF_A_ROW = ("rebatching", "learnt", "rollouts", "calibration")  # all have an entry a row
+OF_A_ROW = ("rebatching", "learnt", "rollouts", "calibration")  # parts with an entry a row
 
 
 def write_results(
@@ -258,8 +259,7 @@ def learnt_markdown(figures: Mapping[str, Figures | None], titles: Mapping[str, 
         return ""
     head = ["", "lines to the right answer", "lines after it", "never reached it", "left it again"]
     head += [f"{verdict} checks" for verdict in VERDICTS]
-    lines = ["", "## What the thoughts do", ""]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = ["", "## What the thoughts do", "", *table_head(head)]
     for row, own in read_rows.items():
         cells = [
             f"{own['before']:.2f}",
@@ -287,10 +287,8 @@ def rollouts(config: ConfigDict, workdir: Path, row: str) -> Figures | None:
     """
     if config.rows[row].kind != "train":
         return None
-    seeds = []
-    for seed in config.seeds:
-        path = workdir / "rows" / row / f"seed{seed}" / TRAINING / "metrics.jsonl"
-        seeds.append([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    folders = [workdir / "rows" / row / f"seed{seed}" / TRAINING for seed in config.seeds]
+    seeds = [read_metrics(folder / "metrics.jsonl") for folder in folders]
     steps = [step for lines in seeds for step in lines]
     names = {"accuracy": "accuracy", "exited": "exit_early_exit", "equal_groups": "equal_groups"}
     return {
@@ -306,8 +304,7 @@ def rollouts_markdown(figures: Mapping[str, Figures | None], titles: Mapping[str
     if not trained:
         return ""
     head = ("", "right", "cut short by an exit", "groups of one reward", "tokens, first step", "last step")
-    lines = ["", "## What the rollouts were", ""]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = ["", "## What the rollouts were", "", *table_head(head)]
     for row, own in trained.items():
         cells = [f"{own[name]:.1%}" for name in ("accuracy", "exited", "equal_groups")]
         cells += [f"{own[name]:.1f}" for name in ("first", "last")]
@@ -331,8 +328,7 @@ def calibration_markdown(figures: Mapping[str, Figures], titles: Mapping[str, st
         return ""
     delta = next(iter(figures.values()))["delta"]
     head = ("", "completions", "probes", "confidence", "right", "ECE", f"above {delta:g}", "of these right")
-    lines = ["", "## Whether the confidence of a probe can be trusted", ""]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = ["", "## Whether the confidence of a probe can be trusted", "", *table_head(head)]
     for row, own in figures.items():
         cells = [str(own["completions"]), str(own["count"])]
         shares = [own["accuracy"], own["share_above_delta"], own["precision_above_delta"]]
@@ -377,8 +373,7 @@ def rebatching(config: ConfigDict, workdir: Path, row: str) -> Figures:
 def rebatching_markdown(figures: Mapping[str, Figures], titles: Mapping[str, str]) -> str:
     """The same as a table."""
     head = ("", "live share", "in static batches", "lane-steps saved", "time saved")
-    lines = ["", "## Refilled and packed lanes against static batches", ""]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = ["", "## Refilled and packed lanes against static batches", "", *table_head(head)]
     for row, own in figures.items():
         shares = [own["refilled"]["live_share"], own["static"]["live_share"]]
         cells = [*shares, own["lane_steps_saved"], own["seconds_saved"]]
@@ -407,6 +402,11 @@ HEAD = (
     *("", "accuracy, %", "tokens", "median", "steps", "cut off, %"),
     *("against the first row: accuracy, points", "tokens, %"),
 )
+
+
+def table_head(names: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
 
 
 def table_rows(figures: Mapping[str, Figures], titles: Mapping[str, str]) -> list[tuple[str, ...]]:
@@ -446,12 +446,7 @@ def markdown(splits: Mapping[str, Mapping[str, Figures]], titles: Mapping[str, s
     lines: list[str] = []
     for split, figures in splits.items():
         questions = next(iter(figures.values()))["questions"]
-        lines += [
-            f"## {split}, {questions} questions",
-            "",
-            f"| {' | '.join(HEAD)} |",
-            "|---" * len(HEAD) + "|",
-        ]
+        lines += [f"## {split}, {questions} questions", "", *table_head(HEAD)]
         lines += [f"| {' | '.join(cells)} |" for cells in table_rows(figures, titles)]
         lines.append("")
     lines.append(
@@ -487,8 +482,7 @@ def against_markdown(results: Mapping[str, Any], titles: Mapping[str, str]) -> s
                 cells = [told(one[what]) for one in found for what in ("accuracy", "tokens_relative")]
                 rows.append(f"| {' | '.join([titles[row], *cells])} |")
         if rows:
-            table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
-            lines += ["", f"## Against {titles[name].strip()}", "", *table]
+            lines += ["", f"## Against {titles[name].strip()}", "", *table_head(head), *rows]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -499,8 +493,7 @@ def seeds_markdown(results: Mapping[str, Any], titles: Mapping[str, str]) -> str
         return ""
     split = results["study"]["pictured"]
     names = [f"{what}, seed {seed}" for what in ("accuracy, %", "tokens") for seed in seeds]
-    lines = ["", f"## {split}, seed by seed", ""]
-    lines += [f"| {' | '.join(['', *names])} |", "|---" * (1 + len(names)) + "|"]
+    lines = ["", f"## {split}, seed by seed", "", *table_head(["", *names])]
     for row, own in results["splits"][split].items():
         cells = [f"{100 * one:.1f}" for one in own["accuracy_of_seeds"]]
         cells += [f"{one:.1f}" for one in own["tokens_of_seeds"]]
