@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -16,6 +16,9 @@ from step_grpo.errors import UserError
 from step_grpo.metrics import read_metrics
 from step_grpo.outcomes import Recorded, on_common_questions, read_recorded
 from step_grpo.statistics import Outcomes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TRAINING = "training"  # folder of a seed with its training
 STATIC = "static"  # ends the name of an evaluation in static batches
@@ -50,7 +53,7 @@ def write_results(
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (workdir / "results.md").write_text(every_table(results), encoding="utf-8")
     (workdir / "results.tex").write_text(latex(splits, titles), encoding="utf-8")
-    draw(pictured, titles, results["pareto"], workdir / "pareto.png")
+    picture(pictured, titles, results["pareto"]).savefig(workdir / "pareto.png", dpi=150)
     curves = {titles[row]: calibrated[row] for row in config.reliability if row in calibrated}
     if curves:
         draw_reliability(curves, workdir / "calibration.png")
@@ -524,7 +527,7 @@ def escaped(text: str) -> str:
 # ---------------------------------------------------------------------- the picture
 
 
-def draw(figures: Mapping[str, Figures], titles: Mapping[str, str], front: Sequence[str], out: Path) -> None:
+def picture(figures: Mapping[str, Figures], titles: Mapping[str, str], front: Sequence[str]) -> "Figure":
     """Accuracy against tokens, a point a row with its intervals, and the Pareto front.
 
     Rows whose title is indented are variants of a method: their marks are hollow.
@@ -554,4 +557,4 @@ def draw(figures: Mapping[str, Figures], titles: Mapping[str, str], front: Seque
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(out, dpi=150)
+    return figure

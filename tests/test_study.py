@@ -14,7 +14,7 @@ from step_grpo.config import validate
 from step_grpo.errors import UserError
 from step_grpo.study import stages_of
 from step_grpo.study_config import row, study_config, validate_study
-from step_grpo.study_results import beside, escaped, latex, markdown, pareto_front
+from step_grpo.study_results import beside, escaped, latex, markdown, pareto_front, picture
 
 QUESTIONS = 12
 
@@ -445,6 +445,19 @@ def test_pareto_front_is_what_nothing_beats():
     points = {"a": (10, 0.5), "b": (20, 0.7), "c": (20, 0.6), "d": (15, 0.4), "e": (30, 0.7), "f": (10, 0.5)}
     figures = {name: {"tokens": tokens, "accuracy": share} for name, (tokens, share) in points.items()}
     assert pareto_front(figures) == ["a", "f", "b"]
+
+
+def test_picture_marks_variants_hollow_and_has_room_for_the_legend_of_every_row():
+    own = {"tokens": 10.0, "tokens_low": 9.0, "tokens_high": 12.0}
+    own |= {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.7}
+    titles = {f"row{i}": f"{'  ' * (i % 2)}Row {i}" for i in range(40)}
+    figure = picture(dict.fromkeys(titles, own), titles, ["row0"])
+    figure.draw_without_rendering()
+    [axes] = figure.axes
+    assert [bar[0].get_markerfacecolor() == "white" for bar in axes.containers] == [False, True] * 20
+    legend = axes.get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()][1:] == [f"Row {i}" for i in range(40)]
+    assert legend.get_window_extent().height < figure.bbox.height
 
 
 def test_tables_hold_every_row_and_mark_what_is_significant():
