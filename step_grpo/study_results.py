@@ -233,8 +233,8 @@ def learnt(config: ConfigDict, workdir: Path, row: str) -> Figures | None:
     Returns:
         Means over completions: lines `before` the first right answer, that one included, and `after` it; the
         share of completions that `reached` it, and of these how many `left_it` again; `early`, the share that
-        ended without it. Then checks a completion by what they did (`step_grpo.data.tasks.reading`). None for
-        questions that are not of the built-in families.
+        ended without it; `closed`, the share that closed the thinking. Then checks a completion by what they
+        did (`step_grpo.data.tasks.reading`). None for questions that are not of the built-in families.
     """
     counted: list[dict[str, int]] = []
     for seed in config.seeds:
@@ -244,12 +244,13 @@ def learnt(config: ConfigDict, workdir: Path, row: str) -> Figures | None:
             said = json.loads(line)
             if family_of(said["prompt"]) is None:
                 return None
-            counted.append(read(said["prompt"], said["text"]).counts())
+            closed = {"closed": int("</think>" in said["text"])}
+            counted.append({**read(said["prompt"], said["text"]).counts(), **closed})
     means = {name: float(np.mean([one[name] for one in counted])) for name in counted[0]}
     left = float(np.mean([one["reached"] and not one["ends_right"] for one in counted]))
     reached = means["reached"]
     return {
-        **{name: means[name] for name in ("before", "after", "reached", *VERDICTS)},
+        **{name: means[name] for name in ("before", "after", "reached", "closed", *VERDICTS)},
         "left_it": left / reached if reached else 0.0,
         "early": 1 - reached,
     }
@@ -261,7 +262,7 @@ def learnt_markdown(figures: Mapping[str, Figures | None], titles: Mapping[str, 
     if not read_rows:
         return ""
     head = ["", "lines to the right answer", "lines after it", "never reached it", "left it again"]
-    head += [f"{verdict} checks" for verdict in VERDICTS]
+    head += ["thinking closed", *(f"{verdict} checks" for verdict in VERDICTS)]
     lines = ["", "## What the thoughts do", "", *table_head(head)]
     for row, own in read_rows.items():
         cells = [
@@ -269,13 +270,15 @@ def learnt_markdown(figures: Mapping[str, Figures | None], titles: Mapping[str, 
             f"{own['after']:.2f}",
             f"{own['early']:.1%}",
             f"{own['left_it']:.1%}",
+            f"{own['closed']:.1%}",
         ]
         cells += [f"{own[verdict]:.2f}" for verdict in VERDICTS]
         lines.append(f"| {titles[row]} | {' | '.join(cells)} |")
     lines += [
         "",
         "Means over completions, read from the texts. A useful check repairs a slip, a redundant one "
-        "confirms what is right, a missed one lets a slip pass, a harmful one replaces what was right.",
+        "confirms what is right, a missed one lets a slip pass, a harmful one replaces what was right. The "
+        "thinking is closed by its tag, which the reward for the format does not ask for.",
     ]
     return "\n".join(lines) + "\n"
 

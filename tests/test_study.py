@@ -372,7 +372,11 @@ def test_what_the_thoughts_do_is_read_from_the_texts(tmp_path, commands):
     assert {name: own["redundant"] for name, own in found.items()} == {"vanilla": 1, "better": 0, "sft": 0}
     assert all((own["before"], own["early"], own["left_it"]) == (2.0, 0.0, 0.0) for own in found.values())
     text = (tmp_path / "results.md").read_text()
-    assert "| vanilla | 2.00 | 1.00 | 0.0% | 0.0% | 0.00 | 1.00 | 0.00 | 0.00 |" in text
+    assert "| vanilla | 2.00 | 1.00 | 0.0% | 0.0% | 100.0% | 0.00 | 1.00 | 0.00 | 0.00 |" in text
+    for path in tmp_path.glob("rows/better/seed0/test*/completions.jsonl"):
+        path.write_text(path.read_text().replace("</think>", ""))
+    study.main(make_study(), tmp_path)
+    assert "| Better | 2.00 | 0.00 | 0.0% | 0.0% | 50.0% | 0.00 |" in (tmp_path / "results.md").read_text()
     for path in tmp_path.glob("rows/*/seed*/test*/completions.jsonl"):
         path.write_text(path.read_text().replace("Compute", "Work out"))
     study.main(make_study(), tmp_path)
