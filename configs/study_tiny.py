@@ -5,7 +5,7 @@ that no row was trained on: of the kind of the training (`test`), and harder one
 two cores. `:extended` behind the file's name adds other losses, strengths of the reward and thresholds, all
 with the first seed alone; in the same workdir it goes on from the rows that are finished. `:long` goes on
 with Step-GRPO and GRPO+LP until no check is left, to see what the rewards do next; its questions are a draw
-of their own, and it needs a workdir of its own. `:short` takes minutes and says nothing.
+of their own, and many, and it needs a workdir of its own. `:short` takes minutes and says nothing.
 
 What all rows share is in `configs/study_run.py`, what is a method's own as in its paper. Five settings were
 chosen, all on validation questions: the number of steps and the learning rate, which all trainings share, the
@@ -77,6 +77,17 @@ EXTENDED = {
 LONG = ("steps=120", "prompts_per_step=16", "grpo.prompts_per_update=16")
 
 
+CLOSED = {
+    "grpo_lp_closed": row(
+        "  closing its thinking",
+        train=[
+            *PLAIN,
+            *("reward.name=length_penalty", "reward.length_penalty=1.0", "reward.closed_thinking=True"),
+        ],
+    ),
+}
+
+
 def asked(count):
     """Overrides that evaluate on so many questions."""
     return f"eval.data.count={count}", f"eval.questions={count}"
@@ -137,7 +148,9 @@ def get_config(arg=""):
         return whole_study({**ROWS, **EXTENDED}, seeds=(0,))
     if arg == "long":
         # On two draws of 300 questions the methods were 2.2 and 0.1 points apart; hence many, freshly drawn.
-        rows = {name: ROWS[name] for name in ("vanilla", "grpo_lp", "step_grpo")}
+        rows = {
+            name: {**ROWS, **CLOSED}[name] for name in ("vanilla", "grpo_lp", "grpo_lp_closed", "step_grpo")
+        }
         many = {"test": asked(1200), "ood": asked(600)}
         return whole_study(rows, draw=4, **many, train=LONG, drawn="grpo_lp")
     if arg:

@@ -153,6 +153,8 @@ def base_config() -> ConfigDict:
         "name": "step_aware",
         "functions": (),  # your own, as "module:function", added to it (docs/your_own.md)
         "alpha": 0.9,
+        # The reward for the format asks for a closed box; if set, for one behind a closed thinking.
+        "closed_thinking": False,
         "beta": 0.5,
         "baseline": "correct",  # or `all`
         "length_penalty": 0.5,

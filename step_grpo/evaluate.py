@@ -281,7 +281,14 @@ def evaluate(
     samples = config.eval.samples
     with progress_bar(title, len(mine) * samples) as bar:
         completions, stats = engine(params, [p.ids for p in mine], samples, key, bar.update)
-    scored = score_completions(described.tokenizer, mine, completions, grader, tuple(config.rollout.triggers))
+    scored = score_completions(
+        described.tokenizer,
+        mine,
+        completions,
+        grader,
+        tuple(config.rollout.triggers),
+        closed_thinking=config.reward.closed_thinking,
+    )
     return exchange(scored, stats, prompts)
 
 

@@ -40,7 +40,8 @@ class Completions:
         texts: what the model wrote, thinking and answer, special tokens left out, `[prompts][samples]`.
         reasons: why the thinking ended, one of `step_grpo.rollout.phases.REASONS`, `[prompts][samples]`.
         correct: whether the answer equals the reference, bool.
-        formatted: whether there is a closed `\boxed{}`, bool.
+        formatted: whether there is a closed `\boxed{}`, if `config.reward.closed_thinking` is set one behind
+            the closed thinking; bool.
         steps: semantic steps, at least 1, int.
         tokens: of the completion, forced ones and EOS included, int.
     """

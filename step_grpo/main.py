@@ -368,7 +368,10 @@ class Rounds:
         )
         clock.lap("rollout_seconds", "grading")
         triggers = tuple(self.config.rollout.triggers)
-        scored = score_completions(self.tokenizer, mine, completions, self.grader, triggers)
+        closed = self.config.reward.closed_thinking
+        scored = score_completions(
+            self.tokenizer, mine, completions, self.grader, triggers, closed_thinking=closed
+        )
         scored, stats = exchange(scored, stats, batch)
         clock.lap("grading_seconds")
         return Sampled(scored, stats, cursor)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 
 from step_grpo.data.prompts import EncodedPrompt
 from step_grpo.distributed import as_bytes, gather
+from step_grpo.reward.boxes import last_box
 from step_grpo.reward.grading import Grade, Grader
 from step_grpo.reward.steps import count_steps
 from step_grpo.rollout.engine import Completion, RolloutStats
@@ -32,8 +33,10 @@ def score_completions(
     completions: Sequence[Completion],
     grader: Grader,
     triggers: tuple[str, ...],
+    *,
+    closed_thinking: bool = False,
 ) -> list[Scored]:
-    """Decodes, grades and counts the steps of completions, in order.
+    r"""Decodes, grades and counts the steps of completions, in order.
 
     Args:
         tokenizer: of the model.
@@ -41,11 +44,17 @@ def score_completions(
         completions: of the rollout engine.
         grader: compares with the reference answers.
         triggers: words that open a step.
+        closed_thinking: a completion is formatted only if there is a closed `\boxed{}` behind `</think>`.
     """
     texts = [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
     asked = [prompts[c.prompt] for c in completions]
     questions = [prompt.question for prompt in asked]
     grades = grader.grade_many(texts, [q.answer for q in questions], [q.grading for q in questions])
+    if closed_thinking:
+        grades = [
+            replace(grade, formatted=last_box(text.partition("</think>")[2]) is not None)
+            for grade, text in zip(grades, texts, strict=True)
+        ]
     rows = zip(asked, completions, texts, grades, strict=True)
     return [Scored(p, c, text, grade, count_steps(text, triggers)) for p, c, text, grade in rows]
 

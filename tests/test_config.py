@@ -298,6 +298,7 @@ FREE = {
         "rollout.verifier.checkpoint",
         "rollout.verifier.prefix",
         "grpo.train_forced_tokens",
+        "reward.closed_thinking",
         "log.wandb",
         "log.tensorboard",
     ),

@@ -498,6 +498,36 @@ def test_triggers_are_what_opens_a_step_in_the_reward(triggers, steps):
     assert (reward[0] < reward[1]) == (steps[0] > steps[1])
 
 
+@pytest.mark.parametrize(
+    ("text", "formatted"),
+    [
+        (r"<think>\n3+4=7.\n</think>\n\nThe answer is \boxed{7}.", True),
+        (r"3+4=7.\n</think>\n\n\boxed{7}", True),  # opened by the prompt
+        (r"<think>\n3+4=7.\n\nThe answer is \boxed{7}.", False),
+        (r"<think>\n\boxed{7}\n</think>\n\nThe answer is seven.", False),
+        (r"<think>\n\boxed{7}\n</think>\n\n\boxed{7", False),
+        (r"\boxed{7}", False),
+    ],
+)
+def test_format_may_ask_for_a_box_behind_a_closed_thinking(text, formatted):
+    class Tokenizer:
+        def decode(self, tokens, skip_special_tokens):
+            return text
+
+    class EveryAnswerIsRight:
+        def grade_many(self, texts, answers, kinds=None):
+            return [Grade(True, True, None) for _ in texts]
+
+    def grade_of(**asked):
+        made = [scored().completion]
+        return score_completions(Tokenizer(), [prompt(1)], made, EveryAnswerIsRight(), ("Wait",), **asked)[
+            0
+        ].grade
+
+    assert grade_of(closed_thinking=True) == Grade(True, formatted, None)
+    assert grade_of() == Grade(True, True, None)
+
+
 def test_samples_of_an_update_are_weighted_by_what_the_loss_is_a_mean_over():
     samples = training_samples([scored(tokens=n) for n in (1, 3)], np.zeros((1, 2)), short_config())
     expected = {"token": [1, 1], "sequence": [4 / (2 * 1), 4 / (2 * 3)], "constant": [4 / (2 * 160)] * 2}

@@ -62,7 +62,7 @@ class Grade:
 
     Attributes:
         correct: The content of the last closed `\boxed{}` equals the reference answer.
-        formatted: There is a closed `\boxed{}`.
+        formatted: There is a closed `\boxed{}`; as scored with `closed_thinking`, behind the thinking.
         error: Why grading itself failed (deadline, memory, a worker that died); None where it did not. A
             grade with an error has `correct=False`, but means "not known".
     """
