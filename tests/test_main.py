@@ -528,6 +528,20 @@ def test_format_may_ask_for_a_box_behind_a_closed_thinking(text, formatted):
     assert grade_of() == Grade(True, True, None)
 
 
+@pytest.mark.parametrize("module", ["step_grpo.evaluate", "step_grpo.main"])
+def test_evaluation_and_rollouts_ask_for_the_format_of_the_config(module, tmp_path, monkeypatch):
+    class AskedError(Exception):
+        pass
+
+    def asked(*args, closed_thinking):
+        raise AskedError(f"closed_thinking={closed_thinking}")
+
+    monkeypatch.setattr(f"{module}.score_completions", asked)
+    config = short_config({"reward": {"closed_thinking": True}})  # evaluated before it is trained
+    with pytest.raises(AskedError, match="closed_thinking=True"):
+        train(config, tmp_path)
+
+
 def test_samples_of_an_update_are_weighted_by_what_the_loss_is_a_mean_over():
     samples = training_samples([scored(tokens=n) for n in (1, 3)], np.zeros((1, 2)), short_config())
     expected = {"token": [1, 1], "sequence": [4 / (2 * 1), 4 / (2 * 3)], "constant": [4 / (2 * 160)] * 2}
