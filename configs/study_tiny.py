@@ -19,6 +19,7 @@ from step_grpo.study_config import row, study_config
 
 CONFIG, CHECKPOINT = "configs/study_run.py", "builtin:study"
 PLAIN = ("rollout.exit=none",)  # rollouts that nothing cuts short
+PENALTY = (*PLAIN, "reward.name=length_penalty", "reward.length_penalty=1.0")
 DEER = ("rollout.delta=0.95",)  # of its paper
 # The tiny tokenizer has these two phrases, and spells the words of the defaults letter by letter.
 VERDICTS = ("rollout.yes_words=(', yes',)", "rollout.no_words=(', not ',)")
@@ -45,7 +46,7 @@ ROWS = {
         ],
     ),
     "grpo": row("GRPO", train=[*PLAIN, "reward.name=accuracy"]),
-    "grpo_lp": row("GRPO+LP", train=[*PLAIN, "reward.name=length_penalty", "reward.length_penalty=1.0"]),
+    "grpo_lp": row("GRPO+LP", train=PENALTY),
     "grpo_lambda": row("GRPO-lambda", train=[*PLAIN, "reward.name=grpo_lambda"]),
     "step_grpo": row("Step-GRPO"),
     "no_step_reward": row("  without the step reward", train=["reward.beta=0"]),
@@ -75,17 +76,6 @@ EXTENDED = {
 
 # Three times the updates, of two thirds of the prompts each.
 LONG = ("steps=120", "prompts_per_step=16", "grpo.prompts_per_update=16")
-
-
-CLOSED = {
-    "grpo_lp_closed": row(
-        "  closing its thinking",
-        train=[
-            *PLAIN,
-            *("reward.name=length_penalty", "reward.length_penalty=1.0", "reward.closed_thinking=True"),
-        ],
-    ),
-}
 
 
 def asked(count):
@@ -149,7 +139,10 @@ def get_config(arg=""):
     if arg == "long":
         # On two draws of 300 questions the methods were 2.2 and 0.1 points apart; hence many, freshly drawn.
         rows = {
-            name: {**ROWS, **CLOSED}[name] for name in ("vanilla", "grpo_lp", "grpo_lp_closed", "step_grpo")
+            "vanilla": ROWS["vanilla"],
+            "grpo_lp": ROWS["grpo_lp"],
+            "grpo_lp_closed": row("  closing its thinking", train=[*PENALTY, "reward.closed_thinking=True"]),
+            "step_grpo": ROWS["step_grpo"],
         }
         many = {"test": asked(1200), "ood": asked(600)}
         return whole_study(rows, draw=4, **many, train=LONG, drawn="grpo_lp")

@@ -278,7 +278,7 @@ def learnt_markdown(figures: Mapping[str, Figures | None], titles: Mapping[str, 
         "",
         "Means over completions, read from the texts. A useful check repairs a slip, a redundant one "
         "confirms what is right, a missed one lets a slip pass, a harmful one replaces what was right. The "
-        "thinking is closed by its tag, which the reward for the format does not ask for.",
+        "thinking is closed by its tag, which the format asks for with `reward.closed_thinking` alone.",
     ]
     return "\n".join(lines) + "\n"
 

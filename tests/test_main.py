@@ -474,11 +474,8 @@ def test_each_ablation_of_the_reward_is_one_setting(change, expected):
     np.testing.assert_allclose(reward_groups([scored(**row) for row in GROUP], config), [expected])
 
 
-@pytest.mark.parametrize(
-    ("triggers", "steps"), [(("Wait",), [2, 1]), (("Wait", "But"), [3, 2]), (("Hmm",), [1, 1])]
-)
-def test_triggers_are_what_opens_a_step_in_the_reward(triggers, steps):
-    texts = ["7. Wait, no. But yes.", "But 7."]
+def score_texts(texts, triggers=("Wait",), **asked):
+    """`score_completions` of one prompt's completions with these texts, by a grader that finds all right."""
 
     class Tokenizer:
         def decode(self, tokens, skip_special_tokens):
@@ -491,7 +488,14 @@ def test_triggers_are_what_opens_a_step_in_the_reward(triggers, steps):
     made = [
         dataclasses.replace(scored().completion, sample=i, tokens=np.array([i])) for i in range(len(texts))
     ]
-    found = score_completions(Tokenizer(), [prompt(1)], made, EveryAnswerIsRight(), triggers)
+    return score_completions(Tokenizer(), [prompt(1)], made, EveryAnswerIsRight(), triggers, **asked)
+
+
+@pytest.mark.parametrize(
+    ("triggers", "steps"), [(("Wait",), [2, 1]), (("Wait", "But"), [3, 2]), (("Hmm",), [1, 1])]
+)
+def test_triggers_are_what_opens_a_step_in_the_reward(triggers, steps):
+    found = score_texts(["7. Wait, no. But yes.", "But 7."], triggers)
     assert [s.steps for s in found] == steps
     config = short_config({"rollout": {"samples": 2, "triggers": triggers}})
     (reward,) = reward_groups(found, config)
@@ -510,22 +514,8 @@ def test_triggers_are_what_opens_a_step_in_the_reward(triggers, steps):
     ],
 )
 def test_format_may_ask_for_a_box_behind_a_closed_thinking(text, formatted):
-    class Tokenizer:
-        def decode(self, tokens, skip_special_tokens):
-            return text
-
-    class EveryAnswerIsRight:
-        def grade_many(self, texts, answers, kinds=None):
-            return [Grade(True, True, None) for _ in texts]
-
-    def grade_of(**asked):
-        made = [scored().completion]
-        return score_completions(Tokenizer(), [prompt(1)], made, EveryAnswerIsRight(), ("Wait",), **asked)[
-            0
-        ].grade
-
-    assert grade_of(closed_thinking=True) == Grade(True, formatted, None)
-    assert grade_of() == Grade(True, True, None)
+    assert [s.grade for s in score_texts([text], closed_thinking=True)] == [Grade(True, formatted, None)]
+    assert [s.grade for s in score_texts([text])] == [Grade(True, True, None)]
 
 
 @pytest.mark.parametrize("module", ["step_grpo.evaluate", "step_grpo.main"])
