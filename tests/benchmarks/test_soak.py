@@ -96,7 +96,9 @@ begin = int(saved()[-1].name) if saved() else 0
 metrics = workdir / "metrics.jsonl"
 kept = metrics.read_text().splitlines()[:begin] if metrics.exists() else []
 assert len(kept) == begin
-metrics.write_text("".join(line + "\n" for line in kept))
+cut = workdir / "metrics.partial"
+cut.write_text("".join(line + "\n" for line in kept))
+cut.rename(metrics)
 grading = start()
 try:
     for step in range(begin + 1, steps + 1):
