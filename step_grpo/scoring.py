@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from step_grpo.data.prompts import EncodedPrompt
+from step_grpo.data.prompts import THINK_END, EncodedPrompt
 from step_grpo.distributed import as_bytes, gather
 from step_grpo.reward.boxes import last_box
 from step_grpo.reward.grading import Grade, Grader
@@ -52,7 +52,7 @@ def score_completions(
     grades = grader.grade_many(texts, [q.answer for q in questions], [q.grading for q in questions])
     if closed_thinking:
         grades = [
-            replace(grade, formatted=last_box(text.partition("</think>")[2]) is not None)
+            replace(grade, formatted=last_box(text.partition(THINK_END)[2]) is not None)
             for grade, text in zip(grades, texts, strict=True)
         ]
     rows = zip(asked, completions, texts, grades, strict=True)

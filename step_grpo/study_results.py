@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from step_grpo import statistics
 from step_grpo.calibration import draw_reliability
+from step_grpo.data.prompts import THINK_END
 from step_grpo.data.tasks.reading import family_of, read
 from step_grpo.data.tasks.thoughts import VERDICTS
 from step_grpo.errors import UserError
@@ -244,7 +245,7 @@ def learnt(config: ConfigDict, workdir: Path, row: str) -> Figures | None:
             said = json.loads(line)
             if family_of(said["prompt"]) is None:
                 return None
-            closed = {"closed": int("</think>" in said["text"])}
+            closed = {"closed": int(THINK_END in said["text"])}
             counted.append({**read(said["prompt"], said["text"]).counts(), **closed})
     means = {name: float(np.mean([one[name] for one in counted])) for name in counted[0]}
     left = float(np.mean([one["reached"] and not one["ends_right"] for one in counted]))

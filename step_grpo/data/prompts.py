@@ -11,6 +11,7 @@ from step_grpo import hub
 from step_grpo.data.sources import Question
 from step_grpo.errors import UserError
 
+THINK_END = "</think>"  # closes the thinking, in the templates of all models that are taken
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, which takes seconds to import
 
 
@@ -114,10 +115,10 @@ def think_end_id(tokenizer: Tokenizer) -> int:
         UserError: the tokenizer spells it with several tokens, so the model is no reasoning model of the
             supported kind.
     """
-    ids = tokenizer.encode("</think>", add_special_tokens=False)
+    ids = tokenizer.encode(THINK_END, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise UserError(
-            f"config.model.tokenizer: {tokenizer.name_or_path!r} has no single token '</think>' (it gives "
+            f"config.model.tokenizer: {tokenizer.name_or_path!r} has no single token {THINK_END!r} (it gives "
             f"{len(ids)}); use a model that thinks between <think> and </think>"
         )
     return ids[0]

@@ -11,11 +11,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from step_grpo.data.prompts import THINK_END
 from step_grpo.html_report.read import Row, RunFiles
 from step_grpo.rollout_log import split_triggers, with_probes
 
 MOST_CHARACTERS = 3_000_000  # of each of the two lists in the page
-THINK_END = "</think>"
 Key = tuple[str, int]
 _SCRIPT_SAFE = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 

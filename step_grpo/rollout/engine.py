@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from step_grpo.data.prompts import think_end_id
+from step_grpo.data.prompts import THINK_END, think_end_id
 from step_grpo.errors import UserError
 from step_grpo.mesh import axis_size, replicated
 from step_grpo.model import qwen
@@ -29,7 +29,7 @@ from step_grpo.rollout.triggers import Vocabulary, build_vocabulary, reach, toke
 SEGMENT_STEPS = 64  # steps between two looks of the host at the lanes, at most
 ANNEX_TURNS = 2  # the last completions go to the annex once its lanes hold them in so many turns
 LOOK_COST = 0.3  # what a look takes, in steps: about so much for a small model, less for a large one
-CLOSING = "\n</think>\n\n"  # appended where the machine ends the thinking
+CLOSING = f"\n{THINK_END}\n\n"  # appended where the machine ends the thinking
 REFILL_SHARE = 16  # one lane in so many is expected to become free between two looks: prompts made at a time
 SHRINK_AFTER = 16  # looks in a row at which a smaller cache would do, before it is made: a copy of all of it
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from step_grpo.data.prompts import THINK_END
 from step_grpo.data.tasks import chains, equations, search
 from step_grpo.data.tasks.thoughts import HARMFUL, MISSED, REDUNDANT, USEFUL, VERDICTS, Step, judge
 
@@ -124,7 +125,7 @@ def _recognise(question: str) -> tuple[str, re.Match[str] | None]:
 
 def thinking_lines(completion: str) -> Iterator[str]:
     """The lines of the thinking that are not empty."""
-    thinking = completion.partition("</think>")[0].partition("**Final Answer**")[0]
+    thinking = completion.partition(THINK_END)[0].partition("**Final Answer**")[0]
     for line in thinking.replace("<think>", "").splitlines():
         if line.strip():
             yield line.strip()
