@@ -3,15 +3,16 @@
 The rows of the paper's table and its ablations, each trained with three seeds, and evaluated on questions
 that no row was trained on: of the kind of the training (`test`), and harder ones (`ood`). It takes hours on
 two cores. `:extended` behind the file's name adds other losses, strengths of the reward and thresholds, all
-with the first seed alone; in the same workdir it goes on from the rows that are finished. `:long` goes on
-with Step-GRPO and GRPO+LP until no check is left, to see what the rewards do next; its questions are a draw
-of their own, and many, and it needs a workdir of its own. `:short` takes minutes and says nothing.
+with the first seed alone; in the same workdir it goes on from the rows that are finished. `:long` trains
+Step-GRPO and GRPO+LP three times as long, until no check is left and what was lost on the way is learnt
+again; its questions are a draw of their own, and many, and it needs a workdir of its own. `:short` takes
+minutes and says nothing.
 
 What all rows share is in `configs/study_run.py`, what is a method's own as in its paper. Five settings were
 chosen, all on validation questions: the number of steps and the learning rate, which all trainings share, the
 delta of Step-GRPO's rollouts, the threshold of the sufficiency assessment, and the penalty of GRPO+LP, with
-which it needs about the tokens of Step-GRPO. The questions of the tables are draws of their own, which
-nothing was ever chosen on.
+which it needs about the tokens of Step-GRPO. So were the number of steps of `:long` and its weaker penalty.
+The questions of the tables are draws of their own, which nothing was ever chosen on.
 """
 
 from step_grpo.errors import UserError
@@ -19,13 +20,18 @@ from step_grpo.study_config import row, study_config
 
 CONFIG, CHECKPOINT = "configs/study_run.py", "builtin:study"
 PLAIN = ("rollout.exit=none",)  # rollouts that nothing cuts short
-PENALTY = (*PLAIN, "reward.name=length_penalty", "reward.length_penalty=1.0")
 DEER = ("rollout.delta=0.95",)  # of its paper
 # The tiny tokenizer has these two phrases, and spells the words of the defaults letter by letter.
 VERDICTS = ("rollout.yes_words=(', yes',)", "rollout.no_words=(', not ',)")
 # A line is a step. FlashThink checks every one, so more often than the ten times of a probe.
 LINES = (r"rollout.verifier.delimiters=('\n',)", "rollout.verifier.question=?", "rollout.max_probes=40")
 VERIFIER = (*VERDICTS, *LINES)
+
+
+def penalised(strength):
+    """Overrides that train with GRPO+LP."""
+    return *PLAIN, "reward.name=length_penalty", f"reward.length_penalty={strength}"
+
 
 ROWS = {
     "vanilla": row("vanilla", "untrained"),
@@ -46,7 +52,7 @@ ROWS = {
         ],
     ),
     "grpo": row("GRPO", train=[*PLAIN, "reward.name=accuracy"]),
-    "grpo_lp": row("GRPO+LP", train=PENALTY),
+    "grpo_lp": row("GRPO+LP", train=penalised(1.0)),
     "grpo_lambda": row("GRPO-lambda", train=[*PLAIN, "reward.name=grpo_lambda"]),
     "step_grpo": row("Step-GRPO"),
     "no_step_reward": row("  without the step reward", train=["reward.beta=0"]),
@@ -74,8 +80,7 @@ EXTENDED = {
 }
 
 
-# Three times the updates, of two thirds of the prompts each.
-LONG = ("steps=120", "prompts_per_step=16", "grpo.prompts_per_update=16")
+LONG = ("steps=120",)  # three times as many
 
 
 def asked(count):
@@ -84,6 +89,7 @@ def asked(count):
 
 
 OOD = asked(150)  # as many as 300 of `test` leave time for
+SECONDS = {"train": 220.0, "imitate": 80.0, "verifier": 240.0, "evaluate": 16.0, "probe": 15.0}
 
 
 def short_study():
@@ -100,7 +106,7 @@ def short_study():
     )
 
 
-def whole_study(rows, seeds=(0, 1, 2), draw=1, test=(), ood=OOD, train=(), drawn="grpo"):
+def whole_study(rows, seeds=(0, 1, 2), draw=1, test=(), ood=OOD, train=(), drawn="grpo", seconds=SECONDS):
     """A study of these rows.
 
     Args:
@@ -111,6 +117,7 @@ def whole_study(rows, seeds=(0, 1, 2), draw=1, test=(), ood=OOD, train=(), drawn
         ood: overrides of those on the split `ood`.
         train: overrides of all trainings.
         drawn: the row whose reliability stands beside those of the untrained model and of Step-GRPO.
+        seconds: what each kind of command takes, until one has run.
     """
     fresh = f"eval.data.seed={draw}"
     return study_config(
@@ -127,7 +134,7 @@ def whole_study(rows, seeds=(0, 1, 2), draw=1, test=(), ood=OOD, train=(), drawn
         },
         also_against=("step_grpo",),
         reliability=("vanilla", drawn, "step_grpo"),
-        seconds={"train": 220.0, "imitate": 80.0, "verifier": 240.0, "evaluate": 16.0, "probe": 15.0},
+        seconds=seconds,
     )
 
 
@@ -137,15 +144,23 @@ def get_config(arg=""):
     if arg == "extended":
         return whole_study({**ROWS, **EXTENDED}, seeds=(0,))
     if arg == "long":
-        # On two draws of 300 questions the methods were 2.2 and 0.1 points apart; hence many, freshly drawn.
+        # On two draws of 300 questions two models were 2.2 and 0.1 points apart; hence many, freshly drawn.
+        weak = [*penalised(0.1), "reward.closed_thinking=True"]
         rows = {
             "vanilla": ROWS["vanilla"],
             "grpo_lp": ROWS["grpo_lp"],
-            "grpo_lp_closed": row("  closing its thinking", train=[*PENALTY, "reward.closed_thinking=True"]),
+            "grpo_lp_weak": row("GRPO+LP, penalty 0.1, thinking closed", train=weak),
             "step_grpo": ROWS["step_grpo"],
         }
         many = {"test": asked(1200), "ood": asked(600)}
-        return whole_study(rows, draw=4, **many, train=LONG, drawn="grpo_lp")
+        return whole_study(
+            rows,
+            draw=5,
+            **many,
+            train=LONG,
+            drawn="grpo_lp",
+            seconds=SECONDS | {"train": 420.0, "evaluate": 40.0},
+        )
     if arg:
         raise UserError(
             f"--config: unknown argument {arg!r} after the colon; there are 'extended', 'long' and 'short'"

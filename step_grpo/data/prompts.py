@@ -118,7 +118,7 @@ def think_end_id(tokenizer: Tokenizer) -> int:
     ids = tokenizer.encode(THINK_END, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise UserError(
-            f"config.model.tokenizer: {tokenizer.name_or_path!r} has no single token {THINK_END!r} (it gives "
+            f"config.model.tokenizer: {tokenizer.name_or_path!r} has no single token '</think>' (it gives "
             f"{len(ids)}); use a model that thinks between <think> and </think>"
         )
     return ids[0]
