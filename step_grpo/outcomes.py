@@ -92,14 +92,12 @@ def read_recorded(path: Path) -> Recorded:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--against: {path} is not a completions.jsonl of step_grpo.evaluate ({type(error).__name__}: "
+            f"{path} is not a completions.jsonl of step_grpo.evaluate ({type(error).__name__}: "
             f"{error}); name one, or the folder that an evaluation wrote"
         ) from None
     counts = {len(group) for group in groups.values()}
     if len(counts) != 1:
-        raise UserError(
-            f"--against: {path} has questions with {sorted(counts)} completions; it must be one number"
-        )
+        raise UserError(f"{path} has questions with {sorted(counts)} completions; it must be one number")
     arrays = {name: np.array(values) for name, values in figures.items()}
     unknown = np.zeros_like(arrays["tokens"])  # votes are not compared between runs
     return Recorded(tuple(groups), Outcomes(votes=unknown, **arrays))
@@ -127,7 +125,7 @@ def on_common_questions(base: Recorded, other: Recorded) -> tuple[Outcomes, Outc
     places = {question: place for place, question in enumerate(base.questions)}
     common = [question for question in other.questions if question in places]
     if not common:
-        raise UserError("--against: no question was asked in both evaluations; compare the same benchmarks")
+        raise UserError("no question was asked in both evaluations; compare the same benchmarks")
     mine = {question: place for place, question in enumerate(other.questions)}
     return (
         _rows(base.outcomes, [places[question] for question in common]),

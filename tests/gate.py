@@ -10,6 +10,7 @@ from pages import ROOT, commands
 # Values that a short form may replace: places of this machine, and names of models.
 FREE = (
     *("--workdir", "--out", "--completions", "--batch", "--checkpoint", "--push-to-hub", "--picture"),
+    *("--base", "--others"),
     *("--config.data.name", "--config.model.checkpoint", "--config.rollout.verifier.checkpoint"),
     *("STEP_GRPO_COORDINATOR", "STEP_GRPO_PROCESS"),
 )
