@@ -1,18 +1,21 @@
 """Every method on the built-in tasks: `python -m step_grpo.study --config=configs/study_tiny.py`.
 
-The rows of the paper's table and its ablations, each trained with three seeds, and evaluated on questions
-that no row was trained on: of the kind of the training (`test`), and harder ones (`ood`). It takes hours on
-two cores. `:extended` behind the file's name adds other losses, strengths of the reward and thresholds, all
-with the first seed alone; in the same workdir it goes on from the rows that are finished. `:long` trains
-Step-GRPO and GRPO+LP three times as long, until no check is left and what was lost on the way is learnt
-again; its questions are a draw of their own, and many, and it needs a workdir of its own. `:short` takes
-minutes and says nothing.
+The rows of the paper's table and its ablations, each trained with three seeds until no check is left to leave
+out, and evaluated on questions that no row was trained on: of the kind of the training (`test`), and harder
+ones (`ood`). It takes hours on two cores. Behind the file's name:
 
-What all rows share is in `configs/study_run.py`, what is a method's own as in its paper. Five settings were
-chosen, all on validation questions: the number of steps and the learning rate, which all trainings share, the
-delta of Step-GRPO's rollouts, the threshold of the sufficiency assessment, and the penalty of GRPO+LP, with
-which it needs about the tokens of Step-GRPO. So were the number of steps of `:long` and its weaker penalty.
-The questions of the tables are draws of their own, which nothing was ever chosen on.
+- `:penalty` adds a weaker GRPO+LP; in the same workdir it goes on from the rows that are finished.
+- `:early` stops all trainings after a third of the updates, and adds rows of neighbouring methods. It needs a
+  workdir of its own.
+- `:extended` adds other losses, strengths of the reward and thresholds to those of `:early`, all with the
+  first seed alone; in the workdir of `:early` it goes on from there.
+- `:short` takes minutes and says nothing.
+
+What all rows share is in `configs/study_run.py`, what is a method's own as in its paper. Six settings were
+chosen, all on validation questions: the learning rate and both numbers of updates, which all trainings share,
+the delta of Step-GRPO's rollouts, the threshold of the sufficiency assessment, and the penalty of GRPO+LP,
+with which it needs about the tokens of Step-GRPO in `:early`. The questions of the tables are draws of their
+own, which nothing was chosen on.
 """
 
 from step_grpo.errors import UserError
@@ -37,6 +40,15 @@ ROWS = {
     "vanilla": row("vanilla", "untrained"),
     "deer": row("DEER", "untrained", evaluate=[*DEER, "eval.exit=confidence"]),
     "deer_sft": row("DEER+SFT", "imitate", train=DEER),
+    "grpo": row("GRPO", train=[*PLAIN, "reward.name=accuracy"]),
+    "grpo_lp": row("GRPO+LP", train=penalised(1.0)),
+    "step_grpo": row("Step-GRPO"),
+    "no_step_reward": row("  without the step reward", train=["reward.beta=0"]),
+    "no_dynamic_rollout": row("  without the dynamic rollout", train=PLAIN),
+    "mean_over_all": row("  mean over all samples", train=["reward.baseline=all"]),
+}
+
+NEIGHBOURS = {
     "flashthink_untrained": row(
         "FlashThink, the model its own verifier",
         "untrained",
@@ -51,13 +63,14 @@ ROWS = {
             *("eval.exit=sufficiency", "rollout.sufficiency.question=?", "rollout.sufficiency.threshold=50"),
         ],
     ),
-    "grpo": row("GRPO", train=[*PLAIN, "reward.name=accuracy"]),
-    "grpo_lp": row("GRPO+LP", train=penalised(1.0)),
     "grpo_lambda": row("GRPO-lambda", train=[*PLAIN, "reward.name=grpo_lambda"]),
-    "step_grpo": row("Step-GRPO"),
-    "no_step_reward": row("  without the step reward", train=["reward.beta=0"]),
-    "no_dynamic_rollout": row("  without the dynamic rollout", train=PLAIN),
-    "mean_over_all": row("  mean over all samples", train=["reward.baseline=all"]),
+}
+
+# A tenth of the penalty leaves more of the answer's wording; closing the thinking is made part of the format.
+PENALTY = {
+    "grpo_lp_weak": row(
+        "GRPO+LP, penalty 0.1, thinking closed", train=[*penalised(0.1), "reward.closed_thinking=True"]
+    ),
 }
 
 EXTENDED = {
@@ -80,16 +93,13 @@ EXTENDED = {
 }
 
 
-LONG = ("steps=120",)  # three times as many
-
-
 def asked(count):
     """Overrides that evaluate on so many questions."""
     return f"eval.data.count={count}", f"eval.questions={count}"
 
 
-OOD = asked(150)  # as many as 300 of `test` leave time for
-SECONDS = {"train": 220.0, "imitate": 80.0, "verifier": 240.0, "evaluate": 16.0, "probe": 15.0}
+SECONDS = {"train": 490.0, "imitate": 220.0, "verifier": 380.0, "evaluate": 16.0, "probe": 15.0}
+EARLY_SECONDS = SECONDS | {"train": 220.0, "evaluate": 20.0}
 
 
 def short_study():
@@ -106,17 +116,17 @@ def short_study():
     )
 
 
-def whole_study(rows, seeds=(0, 1, 2), draw=1, test=(), ood=OOD, train=(), drawn="grpo", seconds=SECONDS):
+def whole_study(rows, draw, test, ood, reliability, seeds=(0, 1, 2), train=(), seconds=SECONDS):
     """A study of these rows.
 
     Args:
         rows: name -> row.
-        seeds: of every row.
         draw: of its questions; draw 0 was looked at while settings were chosen.
         test: overrides of the evaluations on the split `test`.
         ood: overrides of those on the split `ood`.
+        reliability: the rows whose reliability is drawn.
+        seeds: of every row.
         train: overrides of all trainings.
-        drawn: the row whose reliability stands beside those of the untrained model and of Step-GRPO.
         seconds: what each kind of command takes, until one has run.
     """
     fresh = f"eval.data.seed={draw}"
@@ -133,36 +143,37 @@ def whole_study(rows, seeds=(0, 1, 2), draw=1, test=(), ood=OOD, train=(), drawn
             "ood": ("eval.data.split=ood", fresh, *ood),
         },
         also_against=("step_grpo",),
-        reliability=("vanilla", drawn, "step_grpo"),
+        reliability=reliability,
         seconds=seconds,
     )
 
 
+def main_study(rows):
+    """These rows, trained until no check is left and what was lost on the way is learnt again."""
+    # DEER+SFT sees the questions of 40 updates once: those of 120 would take the study beyond three hours.
+    rows = {**rows, "deer_sft": row("DEER+SFT", "imitate", train=[*DEER, "steps=40"])}
+    probed = ("vanilla", "deer_sft", "no_step_reward")  # those that still write a trigger
+    many = {"test": asked(600), "ood": asked(150)}
+    return whole_study(rows, draw=6, **many, reliability=probed, train=("steps=120",))
+
+
+def early_study(rows, **fields):
+    """These rows after a third of the updates, as many as `configs/study_run.py` has."""
+    fields |= {"reliability": ("vanilla", "grpo", "step_grpo"), "seconds": EARLY_SECONDS}
+    return whole_study(rows, draw=1, test=(), ood=asked(150), **fields)
+
+
+STUDIES = {
+    "": lambda: main_study(ROWS),
+    "penalty": lambda: main_study({**ROWS, **PENALTY}),
+    "early": lambda: early_study({**ROWS, **NEIGHBOURS}),
+    "extended": lambda: early_study({**ROWS, **NEIGHBOURS, **EXTENDED}, seeds=(0,)),
+    "short": short_study,
+}
+
+
 def get_config(arg=""):
-    if arg == "short":
-        return short_study()
-    if arg == "extended":
-        return whole_study({**ROWS, **EXTENDED}, seeds=(0,))
-    if arg == "long":
-        # On two draws of 300 questions two models were 2.2 and 0.1 points apart; hence many, freshly drawn.
-        weak = [*penalised(0.1), "reward.closed_thinking=True"]
-        rows = {
-            "vanilla": ROWS["vanilla"],
-            "grpo_lp": ROWS["grpo_lp"],
-            "grpo_lp_weak": row("GRPO+LP, penalty 0.1, thinking closed", train=weak),
-            "step_grpo": ROWS["step_grpo"],
-        }
-        many = {"test": asked(1200), "ood": asked(600)}
-        return whole_study(
-            rows,
-            draw=5,
-            **many,
-            train=LONG,
-            drawn="grpo_lp",
-            seconds=SECONDS | {"train": 420.0, "evaluate": 40.0},
-        )
-    if arg:
-        raise UserError(
-            f"--config: unknown argument {arg!r} after the colon; there are 'extended', 'long' and 'short'"
-        )
-    return whole_study(ROWS)
+    if arg not in STUDIES:
+        known = ", ".join(repr(name) for name in STUDIES if name)
+        raise UserError(f"--config: unknown argument {arg!r} after the colon; there are {known}")
+    return STUDIES[arg]()

@@ -261,9 +261,14 @@ def run_stage(stage: Stage, workdir: Path, clock: "Clock") -> str:
 def run_python(command: Sequence[str], log: Path, compiled: Path) -> int:
     """Runs `python` with these arguments, what it says behind what is in `log`; its exit status.
 
-    What it compiles is kept in `compiled` for the commands after it, unless the environment says where.
+    What it compiles is kept in `compiled` for the commands after it, and glibc takes memory in huge pages
+    where the kernel hands them out on request, unless the environment says otherwise.
     """
-    kept = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    kept = {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # of Linux alone; elsewhere nothing reads it
+    }
     with log.open("a", encoding="utf-8") as said:
         return subprocess.run(
             [sys.executable, *command], stdout=said, stderr=said, env={**kept, **os.environ}, check=False

@@ -165,12 +165,16 @@ def test_study_runs_every_command_once_and_only_what_is_missing(tmp_path, comman
 
 
 def test_commands_share_what_they_compile_unless_the_environment_says_where(tmp_path, monkeypatch):
-    shown = ("-c", "import os; print(os.environ['JAX_COMPILATION_CACHE_DIR'])")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    kept = ("JAX_COMPILATION_CACHE_DIR", "GLIBC_TUNABLES")
+    shown = ("-c", f"import os; print(*(os.environ[name] for name in {kept}))")
+    for name in kept:
+        monkeypatch.setenv(name, "")
     assert study.run_python(shown, tmp_path / "log.txt", tmp_path / "compiled") == 0
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    for name in kept:
+        monkeypatch.delenv(name)
     assert study.run_python(shown, tmp_path / "log.txt", tmp_path / "compiled") == 0
-    assert (tmp_path / "log.txt").read_text() == f"elsewhere\n{tmp_path / 'compiled'}\n"
+    mine = f"{tmp_path / 'compiled'} glibc.malloc.hugetlb=1"
+    assert (tmp_path / "log.txt").read_text() == f" \n{mine}\n"
 
 
 def test_failed_command_stops_its_seed_alone_and_is_told(tmp_path, commands, capsys):
@@ -477,9 +481,9 @@ def test_tables_hold_every_row_and_mark_what_is_significant():
     assert escaped("a_b") == r"a\_b"
 
 
-@pytest.mark.parametrize("name", ["study_tiny.py:short", "study_tiny.py:extended", "study_tiny.py:long"])
-def test_overrides_of_the_configs_are_fields_of_what_they_run(name, tmp_path):
-    config = cli.load_config(str(ROOT / "configs" / name))
+@pytest.mark.parametrize("arg", ["", ":penalty", ":extended", ":short"])
+def test_overrides_of_the_configs_are_fields_of_what_they_run(arg, tmp_path):
+    config = cli.load_config(str(ROOT / "configs/study_tiny.py") + arg)
     validate_study(config)
     for field in config.rows:
         for stage in stages_of(field, config, tmp_path):
