@@ -2,10 +2,11 @@
 
 `python -m step_grpo.imitate --config=configs/tiny.py --workdir=DIR`
 
-The baseline that learns from truncated completions without a reward. The untrained model answers as many
-prompts as a run of `step_grpo.main` with the same config would see (`steps`, `prompts_per_step`, `rollout`).
-Correct completions that ended early are kept and trained on for `config.imitation.epochs`, every token of the
-completion alike. `rollouts.jsonl`, `metrics.jsonl`, `result.json` and `export` are left in DIR.
+The baseline of Step-GRPO (arXiv 2604.16890) that learns without a reward, from completions that DEER's probe
+(arXiv 2504.15895) cut short. The untrained model answers as many prompts as a run of `step_grpo.main` with
+the same config would see (`steps`, `prompts_per_step`, `rollout`). Correct completions that ended early are
+kept and trained on for `config.imitation.epochs`, every token of the completion alike. `rollouts.jsonl`,
+`metrics.jsonl`, `result.json` and `export` are left in DIR.
 """
 
 import json

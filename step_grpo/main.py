@@ -391,6 +391,8 @@ def sample_groups(
         cursor: before the step.
         key: of the step.
         config: of the run.
+
+    Source: Yu et al. 2025, DAPO (arXiv 2503.14476).
     """
     sampled = roll_out(cursor, key)
     for number in range(1, config.grpo.dynamic_sampling):

@@ -28,6 +28,8 @@ def group_advantages(rewards: Array, *, eps: float = 1e-6) -> Array:
 
     Returns:
         f32 [prompts, samples].
+
+    Source: GRPO, Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300).
     """
     centred = centred_advantages(rewards)
     degrees_of_freedom = max(centred.shape[1] - 1, 1)

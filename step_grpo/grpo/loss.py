@@ -135,8 +135,8 @@ def clipped_policy_loss(
     """PPO's clipped loss with a wider upper clip, and the dual clip for negative advantages.
 
     With r = exp(log-ratio) the loss is `max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))`, for A < 0 at
-    most `-A * dual_clip` (Schulman et al. 2017, arXiv 1707.06347; dual clip: Ye et al. 2020, arXiv
-    1912.09729).
+    most `-A * dual_clip` (Schulman et al. 2017, arXiv 1707.06347; wider upper clip: DAPO, Yu et al. 2025,
+    arXiv 2503.14476; dual clip: Ye et al. 2020, arXiv 1912.09729).
 
     Args:
         log_ratios: f32, any shape; log-prob less that of the policy that made the rollouts.

@@ -77,6 +77,9 @@ def accuracy_format(correct: ArrayLike, formatted: ArrayLike, *, alpha: float = 
     Raises:
         UserError: `alpha` is out of range.
         ValueError: The arrays differ in shape or hold other values.
+
+    Source: a reward for each outcome, as GRPO was introduced with (Shao et al. 2024, "DeepSeekMath", arXiv
+    2402.03300); accuracy and format weighted as in Step-GRPO (arXiv 2604.16890), Eq. 5.
     """
     acc, fmt = _indicator("correct", correct), _indicator("formatted", formatted)
     _check_shapes(correct=acc, formatted=fmt)
