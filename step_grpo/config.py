@@ -191,9 +191,11 @@ def base_config() -> ConfigDict:
         "rows": 0,  # packed rows a micro-batch, a multiple of data x fsdp; 0: one for each of these
         "logprob_chunk": 1024,  # tokens of a device whose logits exist at one time
     }
-    imitation = {"epochs": 1, "learning_rate": 1e-5}  # of `step_grpo.imitate`, on its own completions
+    # Of `step_grpo.imitate`, on its own completions; `rows` are the packed rows of a batch, a multiple of
+    # data x fsdp, 0: one for each of these.
+    imitation = {"epochs": 1, "learning_rate": 1e-5, "rows": 0}
     # Of `step_grpo.train_verifier`; `prefixes` of each completion are judged and trained on, at most.
-    verifier_training = {"prefixes": 4, "epochs": 1, "learning_rate": 1e-5}
+    verifier_training = {"prefixes": 4, "epochs": 1, "learning_rate": 1e-5, "rows": 0}
     evaluation = {
         "data": data_config(name="HuggingFaceH4/MATH-500", split="test"),
         "questions": 500,  # the first so many of the split; 0: all
@@ -527,11 +529,13 @@ def _check_sufficiency(sufficiency: ConfigDict) -> None:
 
 def _check_imitation(imitation: ConfigDict) -> None:
     _at_least(1, imitation, "config.imitation", "epochs")
+    _at_least(0, imitation, "config.imitation", "rows")
     _positive(imitation, "config.imitation", "learning_rate")
 
 
 def _check_verifier_training(training: ConfigDict) -> None:
     _at_least(1, training, "config.verifier_training", "prefixes", "epochs")
+    _at_least(0, training, "config.verifier_training", "rows")
     _positive(training, "config.verifier_training", "learning_rate")
 
 
@@ -621,6 +625,8 @@ def small_config() -> ConfigDict:
     config.rollout.budget_margin = 16
     config.grpo.prompts_per_update = 24
     config.grpo.rows = 16
+    config.imitation.rows = 16
+    config.verifier_training.rows = 16
     config.verifier_training.prefixes = 2
     config.verifier_training.learning_rate = 5e-4
     return config

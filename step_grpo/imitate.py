@@ -49,7 +49,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/imitation")) -> None:
     if config.lora.rank:
         raise UserError("config.lora.rank is above 0; this baseline trains all weights, set it to 0")
     distributed.start(config, workdir)
-    mesh = mesh_of(config.mesh, config.rollout.lanes, config.grpo.rows)
+    mesh = mesh_of(config.mesh, config.rollout.lanes, config.imitation.rows)
     described, params = load_model(config.model, config.seed, mesh)
     with locked(workdir):
         scored = sample(described, params, config, mesh)
@@ -128,7 +128,7 @@ def fine_tune(
         params: consumed.
         samples: what is trained on; the mask of a token is its weight in the mean.
         config: the whole config.
-        settings: the part with the `epochs` and the `learning_rate`.
+        settings: the part with the `epochs`, the `learning_rate` and the `rows` of a batch.
         mesh: from `mesh_of`.
         workdir: for `metrics.jsonl`.
 
@@ -136,7 +136,7 @@ def fine_tune(
         The weights, and the loss of every step.
     """
     grpo = config.grpo
-    batches = list(shuffled(samples, config, settings.epochs, grpo.rows or row_shares(mesh)))
+    batches = list(shuffled(samples, config, settings.epochs, settings.rows or row_shares(mesh)))
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, max(1, len(batches) // 20), len(batches) + 1, 0.0
     )

@@ -121,8 +121,9 @@ def mesh_sizes(devices: int, wanted: Mapping[str, int], shared: int) -> tuple[in
     fitting = [size for size in range(1, most + 1) if spreads(size)]
     if not fitting:
         raise UserError(
-            f"config.mesh: data x fsdp of {tuple(sizes.values())} must divide config.grpo.rows and "
-            f"config.rollout.lanes, whose common divisor is {shared}"
+            f"config.mesh: data x fsdp of {tuple(sizes.values())} must divide config.rollout.lanes and the "
+            "rows trained on at a time (config.grpo.rows, or `rows` of config.imitation or "
+            f"config.verifier_training), whose common divisor is {shared}"
         )
     return tuple(size or fitting[-1] for size in sizes.values())
 

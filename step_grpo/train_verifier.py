@@ -70,7 +70,7 @@ def main(config: ConfigDict, workdir: Path = Path("workdir/verifier")) -> None:
     if config.lora.rank:
         raise UserError("config.lora.rank is above 0; a verifier is trained with all weights, set it to 0")
     distributed.start(config, workdir)
-    mesh = mesh_of(config.mesh, config.rollout.lanes, config.grpo.rows)
+    mesh = mesh_of(config.mesh, config.rollout.lanes, config.verifier_training.rows)
     described, params = load_model(config.model, config.seed, mesh)
     policy = verifier_of(config.rollout, described.tokenizer, described.config)
     check_room(policy, config)
@@ -329,7 +329,8 @@ def verdict_odds(
         Sample(np.array(policy.reads(p.prompt.ids, p.tokens)), np.array([policy.yes[0]]), 1.0, one, one)
         for p in prefixes
     ]
-    batches = pack(samples, row_length=config.grpo.row_length, rows=config.grpo.rows or row_shares(mesh))
+    rows = config.verifier_training.rows or row_shares(mesh)
+    batches = pack(samples, row_length=config.grpo.row_length, rows=rows)
     attention = choose_attention(config.model.attention, mesh, spread_rows=True)
     on_batch = partial(odds_of_rows, described.config, config.model.dtype, policy, attention)
     run = jax.jit(on_batch, out_shardings=replicated(mesh))

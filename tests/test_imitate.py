@@ -107,7 +107,7 @@ def test_every_epoch_has_each_completion_once_in_another_order():
 def test_it_samples_what_the_first_step_of_a_training_samples(finished_run):
     config = finished_run.config.copy_and_resolve_references().unlock()
     config.steps = 1
-    mesh = mesh_of(config.mesh, config.rollout.lanes, config.grpo.rows)
+    mesh = mesh_of(config.mesh, config.rollout.lanes, config.imitation.rows)
     described, params = load_model(config.model, config.seed, mesh)
     found = sample(described, params, config.lock(), mesh)
     rows = [row for row in read_records(finished_run.workdir / "rollouts.jsonl") if row["step"] == 1]

@@ -76,8 +76,8 @@ def test_open_axis_takes_what_the_others_leave(devices, wanted, shared, sizes):
         ((0, 0, 1), 0, "config.mesh.data and config.mesh.fsdp are 0"),
         ((4, 4, 1), 0, "needs 16 devices; there are 8"),
         ((1, 0, 16), 0, "needs 16 devices; there are 8"),
-        ((2, 4, 1), 12, "must divide config.grpo.rows and config.rollout.lanes"),
-        ((3, 0, 1), 8, "must divide config.grpo.rows and config.rollout.lanes"),
+        ((2, 4, 1), 12, "must divide config.rollout.lanes and the rows"),
+        ((3, 0, 1), 8, "must divide config.rollout.lanes and the rows"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(wanted, shared, message):

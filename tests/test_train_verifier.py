@@ -185,7 +185,7 @@ def test_verifier_is_trained_on_what_it_reads_in_the_decode_loop(monkeypatch):
     ]
     given = np.concatenate([c.confidences for c in plain])
     assert len(given) > 10 and [len(c.confidences) for c in plain] == [len(own) for own in ends]
-    config = short_config({"model": {"attention": "xla"}, "grpo": {"row_length": 192, "rows": 2}})
+    config = short_config({"model": {"attention": "xla"}, "grpo": {"row_length": 192}})
     described = Description(SMALL, {}, {}, (0,), None)
     odds = verdict_odds(described, policy, prefixes, config, make_mesh(1), params)
     np.testing.assert_allclose(jax.nn.sigmoid(odds), given, atol=2e-5)
