@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 from short_run import read_records, short_config
 
 from step_grpo import imitate
 from step_grpo.errors import UserError
 from step_grpo.grpo.packing import Sample, pack
-from step_grpo.imitate import kept, sample, shuffled
-from step_grpo.mesh import mesh_of
+from step_grpo.imitate import fine_tune, kept, sample, shuffled
+from step_grpo.mesh import make_mesh, mesh_of
 from step_grpo.model import qwen
-from step_grpo.model.load import load_model
+from step_grpo.model.load import Description, load_model
 from step_grpo.sft import supervised, train_step
 
 SMALL = qwen.QwenConfig(
@@ -102,6 +103,24 @@ def test_every_epoch_has_each_completion_once_in_another_order():
     two = numbers(2)
     assert Counter(two) == dict.fromkeys(range(2, 22), 2)
     assert two[:20] == numbers(1) and two[:20] != two[20:]
+
+
+def test_batch_has_a_size_of_its_own(tmp_path, monkeypatch):
+    """`grpo.rows` is free to change, for in an update it changes nothing but rounding; here it would."""
+    asked = []
+
+    def one_batch(samples, config, epochs, rows):
+        asked.append((epochs, rows))
+        return iter(pack(samples, row_length=16, rows=4))
+
+    monkeypatch.setattr(imitate, "shuffled", one_batch)
+    config = short_config({"grpo": {"rows": 8}})
+    described = Description(SMALL, {}, {}, (0,), None)
+    for rows in (4, 0):
+        settings = ConfigDict({"rows": rows, "epochs": 3, "learning_rate": 1e-3})
+        params = qwen.init_params(SMALL, 0)
+        fine_tune(described, params, some_samples(False), config, settings, make_mesh(2), tmp_path)
+    assert asked == [(3, 4), (3, 2)]
 
 
 def test_it_samples_what_the_first_step_of_a_training_samples(finished_run):
