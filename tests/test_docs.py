@@ -336,7 +336,8 @@ def test_functions_that_the_tables_of_methods_name_name_the_paper():
         named = re.findall(r"`(rewards|advantages|loss|main)\.(\w+)`", row)
         nodes = [definitions(ROOT / "step_grpo" / f"{files[module]}.py")[name] for module, name in named]
         nodes += [
-            ast.parse((ROOT / path).read_text()) for path in re.findall(r"\(\.\./(step_grpo\S+)\)", row)
+            ast.parse((ROOT / path).read_text(encoding="utf-8"))
+            for path in re.findall(r"\(\.\./(step_grpo\S+)\)", row)
         ]
         for node in nodes if paper else []:
             assert paper[1] in ast.get_docstring(node), row
