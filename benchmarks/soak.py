@@ -111,7 +111,7 @@ def soak(folder: Path, seconds: float, steps: int, rng: random.Random) -> dict[s
             faults[kind] += struck
             if fresh and code == 0 and not struck:  # a whole life
                 typical = min(typical, time.monotonic() - began_life)
-            if code not in CODES[kind]:
+            if not may_end_with(code, kind, workdir):
                 lost.append(f"{kind} ended with {code}: {workdir.with_suffix('.log').read_text()[-2000:]}")
             if (workdir / "result.json").exists() and code == 0:
                 finished += 1
@@ -217,6 +217,13 @@ def one_life(
     if kind == "truncate" and struck:
         struck = cut_newest(workdir)
     return code, struck
+
+
+def may_end_with(code: int, kind: str, workdir: Path) -> bool:
+    """Whether a run that something is done to may have this exit code."""
+    # Its result is the last that a run writes; on its way out from there it listens no more.
+    too_late = kind == "stop" and (workdir / "result.json").exists()
+    return code in CODES[kind] or (too_late and code == -signal.SIGTERM)
 
 
 def listens(process: int) -> bool:

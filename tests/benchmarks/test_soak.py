@@ -179,6 +179,14 @@ def test_fault_that_a_run_does_not_feel_is_not_counted(tmp_path, kind):
     assert soak.one_life(process, kind, 0.4, tmp_path, random.Random(0)) == (0, False)
 
 
+def test_stop_may_end_a_run_by_the_signal_only_when_its_result_is_written(tmp_path):
+    assert not soak.may_end_with(-15, "stop", tmp_path)
+    (tmp_path / "result.json").touch()
+    assert soak.may_end_with(-15, "stop", tmp_path)
+    assert not soak.may_end_with(-9, "stop", tmp_path)
+    assert not soak.may_end_with(-15, "grader", tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["kill", "truncate"])
 def test_kill_that_comes_when_the_run_has_ended_is_not_counted(tmp_path, kind):
     for step in ("000001", "000002"):
