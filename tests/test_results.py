@@ -66,6 +66,11 @@ def lost(found: dict[str, Any]) -> str:
     return f"{mean} points ({low} to {high})".replace("-0.0", "0.0")
 
 
+def gained(found: dict[str, Any]) -> list[str]:
+    """How far a row is ahead of another in accuracy: points, and the ends of the interval."""
+    return [f"{100 * found['accuracy'][end]:.1f}" for end in ("mean", "low", "high")]
+
+
 def saved(found: dict[str, Any], digits: int = 1) -> str:
     """The tokens that a row saves against another."""
     return f"{-100 * found['tokens_relative']['mean']:.{digits}f} %"
@@ -85,8 +90,8 @@ def sentences() -> dict[str, list[str]]:
     vanilla = {row: own["against_base"] for row, own in test.items() if row != "vanilla"}
     step = {row: own["against"]["step_grpo"] for row, own in test.items() if row != "step_grpo"}
     weak, stopped = (penalty["splits"]["test"][row] for row in ("grpo_lp_weak", "grpo_lp_stopped"))
+    weak_harder = penalty["splits"]["ood"]["grpo_lp_weak"]["against"]["step_grpo"]
     harder = results["splits"]["ood"]["step_grpo"]["against_base"]
-    more, low, high = (f"{100 * harder['accuracy'][end]:.1f}" for end in ("mean", "low", "high"))
     behind_weak, behind_stopped = (lost(row["against"]["step_grpo"]) for row in (weak, stopped))
     return {
         "README.md": [
@@ -115,14 +120,17 @@ def sentences() -> dict[str, list[str]]:
             f"With the mean over all samples the model is {lost(step['mean_over_all'])} behind",
             f"Without the dynamic rollout it is {lost(step['no_dynamic_rollout'])} behind",
             f"{100 * rollouts['step_grpo']['exited']:.1f} % of Step-GRPO's rollouts are cut short",
-            f"Step-GRPO has {more} points more there than vanilla ({low} to {high}), "
-            f"with {saved(harder, 0)} fewer tokens",
+            "Step-GRPO has {} points more there than vanilla ({} to {}), with ".format(*gained(harder))
+            + f"{saved(harder, 0)} fewer tokens",
         ],
         "results/study_tiny_penalty/README.md": [
             f"**GRPO+LP, stopped after 64 updates** is {behind_stopped} behind Step-GRPO",
             f"**GRPO+LP, penalty 0.1, thinking closed** is {behind_weak} behind",
             f"the seeds have {seeds_of(stopped)}",
+            f"({100 * penalty['learnt']['grpo_lp_stopped']['early']:.1f} in place of {early['step_grpo']})",
             f"the seeds have {seeds_of(weak)}",
+            f"saves {saved(weak['against']['step_grpo'], 0)} of Step-GRPO's tokens with that",
+            "On `ood` it has {} points more than Step-GRPO ({} to {})".format(*gained(weak_harder)),
         ],
     }
 
