@@ -126,29 +126,29 @@ def sentences() -> dict[str, list[str]]:
         "results/study_tiny_penalty/README.md": [
             f"**GRPO+LP, stopped after 64 updates** is {behind_stopped} behind Step-GRPO",
             f"**GRPO+LP, penalty 0.1, thinking closed** is {behind_weak} behind",
-            f"the seeds have {seeds_of(stopped)}",
+            f"the seeds have {seeds_of(stopped)}, and those of Step-GRPO "
+            f"{seeds_of(test['step_grpo']).removesuffix(' %')}",
             f"({100 * penalty['learnt']['grpo_lp_stopped']['early']:.1f} in place of {early['step_grpo']})",
             f"the seeds have {seeds_of(weak)}",
             f"saves {saved(weak['against']['step_grpo'], 0)} of Step-GRPO's tokens with that",
             "On `ood` it has {} points more than Step-GRPO ({} to {})".format(*gained(weak_harder)),
+            f"(p = {weak_harder['accuracy']['p_value']:.2f})",
         ],
     }
 
 
-PAGES = ("README.md", "results/study_tiny/README.md", "results/study_tiny_penalty/README.md")
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_pages_say_what_the_tables_say(page):
-    said = " ".join((ROOT / page).read_text(encoding="utf-8").split())
-    assert [sentence for sentence in sentences()[page] if sentence not in said] == []
+def test_pages_say_what_the_tables_say():
+    for page, said in sentences().items():
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert [sentence for sentence in said if sentence not in text] == [], page
 
 
 def test_step_grpo_is_what_the_readme_says():
-    """On the front, within the noise of vanilla, and ahead of GRPO+LP at as many tokens."""
+    """On the front, within the noise of vanilla with far fewer tokens, ahead of GRPO+LP at as many tokens."""
     assert "step_grpo" in results_of("study_tiny")["pareto"]
     own = results_of("study_tiny")["splits"]["test"]["step_grpo"]["against_base"]
-    assert own["accuracy"]["high"] > 0 > own["tokens_relative"]["high"]
+    assert own["accuracy"]["low"] < 0 < own["accuracy"]["high"]
+    assert own["tokens_relative"]["high"] < -0.3
     stopped = results_of("study_tiny_penalty")["splits"]["test"]["grpo_lp_stopped"]["against"]["step_grpo"]
     assert stopped["tokens_relative"]["low"] < 0 < stopped["tokens_relative"]["high"]
     assert stopped["accuracy"]["high"] < 0

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ try:
         partial.rename(folder)
         for old in saved()[:-2]:
             shutil.rmtree(old)
-        if asked:
+        if asked and broken != "late":
             sys.exit(0)
     (workdir / "export").mkdir(exist_ok=True)
     (workdir / "export" / "model.safetensors").write_bytes(bytes(100_000))
@@ -127,13 +128,18 @@ for name in ("before", "after"):
     (workdir / f"completions_{name}.jsonl").write_text(name)
 wrong = broken == "broken" and workdir.name != "peace"
 (workdir / "result.json").write_text(json.dumps({"before": 0, "after": int(wrong), "exits": 2}))
+if asked:  # on its way out it listens no more, and the signal comes only then
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
 FAULTS = len(soak.FORGED) + 3
 
 
-def soaked(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str, seconds: float) -> dict[str, Any]:
+def put_in_place(monkeypatch: pytest.MonkeyPatch, job: str) -> None:
+    """Lets the soak start this job."""
+
     def start(workdir: Path, data: Path, steps: int, *changes: str) -> subprocess.Popen:
         assert data.exists()
         with workdir.with_suffix(".log").open("ab") as log:
@@ -141,6 +147,10 @@ def soaked(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str, seconds: flo
             return subprocess.Popen(line, stdout=log, stderr=log)
 
     monkeypatch.setattr(soak, "start", start)
+
+
+def soaked(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str, seconds: float) -> dict[str, Any]:
+    put_in_place(monkeypatch, job)
     for number in range(3):  # longer, where the machine is too busy for much to come to pass
         (folder / str(number)).mkdir()
         result = soak.soak(folder / str(number), seconds * 4**number, 6, random.Random(0))
@@ -159,6 +169,22 @@ def test_job_that_survives_every_fault_loses_nothing(tmp_path, monkeypatch, caps
 def test_job_that_ends_otherwise_than_in_peace_has_lost_something(tmp_path, monkeypatch):
     result = soaked(tmp_path, monkeypatch, "broken", seconds=2.5)
     assert result["lost"] == result["finished"] > 0
+
+
+def test_run_that_a_stop_reaches_on_its_way_out_has_lost_nothing(tmp_path, monkeypatch):
+    codes = []
+    may_end_with = soak.may_end_with
+    put_in_place(monkeypatch, "late")
+    monkeypatch.setattr(soak, "KINDS", ("stop",))
+    monkeypatch.setattr(
+        soak, "may_end_with", lambda code, *how: codes.append(code) or may_end_with(code, *how)
+    )
+    for number in range(20):
+        (tmp_path / str(number)).mkdir()
+        assert soak.soak(tmp_path / str(number), 1.0, 6, random.Random(number))["lost"] == 0
+        if -signal.SIGTERM in codes:
+            return
+    raise AssertionError(f"no stop came too late: {codes}")
 
 
 ENDS = """
